@@ -1,0 +1,213 @@
+"""Checkpoints: written whole or not at all, and enough to go on exactly.
+
+A folder `checkpoint-N` takes that name only when everything in it is on the disk, so a kill at any moment leaves the
+newest complete one usable. In it: the networks in the layout of diffusers, the optimizer, the random state of every
+process, and `training_state.json`: the step, the place in the data of every process, the options (never a token).
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+
+from accelerate.utils import gather_object
+
+from lcm_options import UserError, find_checkpoint, public_options
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "training_state.json"
+PARTIAL = ".partial"  # ends the name of a folder that is still being written, or removed
+
+# What may differ when a run goes on: where things go and are shown. Anything else would make it another run.
+MAY_CHANGE_ON_RESUME = {
+    "output_dir", "cache_dir", "logging_dir", "report_to", "tracker_project_name", "local_rank",
+    "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "max_train_steps", "num_train_epochs",
+    "validation_steps", "validation_prompts", "validation_num_inference_steps", "validation_guidance_scale",
+    "push_to_hub", "hub_model_id", "hub_private",
+}  # fmt: skip
+
+
+# Folders that are whole or absent.
+
+
+def sync_to_disk(path):
+    """Flush one file, or the entries of one folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish_folder(partial, path):
+    """Flush the complete folder `partial`, and give it the name `path` in place of what bore it."""
+    for parent, _, names in os.walk(partial):
+        for name in (*names, ""):
+            sync_to_disk(os.path.join(parent, name))
+    replaced = path + ".old" + PARTIAL
+    shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.exists(path):
+        os.rename(path, replaced)
+    os.rename(partial, path)
+    sync_to_disk(os.path.dirname(path) or ".")
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_folder(path):
+    """Remove a folder so that a half-removed one never bears its name."""
+    os.rename(path, path + PARTIAL)
+    shutil.rmtree(path + PARTIAL)
+
+
+def remove_leftovers(output_dir):
+    """Remove the unfinished folders of a run that was killed."""
+    for name in os.listdir(output_dir):
+        if name.endswith(PARTIAL):
+            shutil.rmtree(os.path.join(output_dir, name))
+
+
+@contextlib.contextmanager
+def whole_folder(path):
+    """Yield a folder to write into, which is given the name `path` if the block ends without an exception."""
+    os.makedirs(path + PARTIAL)
+    yield path + PARTIAL
+    publish_folder(path + PARTIAL, path)
+
+
+# Which checkpoint.
+
+
+def list_checkpoints(output_dir):
+    """The complete checkpoints in `output_dir`, as paths, oldest first."""
+    found = []
+    for name in os.listdir(output_dir) if os.path.isdir(output_dir) else []:
+        number = re.fullmatch(r"checkpoint-(\d+)", name)
+        if number and os.path.isfile(os.path.join(output_dir, name, STATE_FILE)):
+            found.append((int(number[1]), os.path.join(output_dir, name)))
+    return [path for _, path in sorted(found)]
+
+
+def folder_to_resume(args):
+    """The checkpoint that `--resume_from_checkpoint` names; None if it is unset, or `latest` and there is none."""
+    if args.resume_from_checkpoint == "latest":
+        return next(reversed(list_checkpoints(args.output_dir)), None)
+    return args.resume_from_checkpoint and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+
+
+def read_state(folder):
+    """A checkpoint's `training_state.json`. Raises UserError if the folder is not one of ours."""
+    try:
+        with open(os.path.join(folder, STATE_FILE), encoding="utf-8") as file:
+            state = json.load(file)
+        return {name: state[name] for name in ("step", "options", "data", "lr_scheduler")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"--resume_from_checkpoint: {folder!r} is not one of ours ({reason})") from None
+
+
+def stored_seed(args):
+    """The seed of the run that is about to go on, None for a new one."""
+    folder = folder_to_resume(args)
+    return read_state(folder)["options"]["seed"] if folder else None
+
+
+def check_same_run(args, stored):
+    """Raise UserError, naming the option, if going on with `args` would make another run of it."""
+    for name, given in public_options(args).items():
+        if name not in MAY_CHANGE_ON_RESUME and stored.get(name) != given:
+            raise UserError(
+                f"--{name}: {given!r} given, but the checkpoint was trained with {stored.get(name)!r}; "
+                "allowed: the same, or a new --output_dir"
+            )
+
+
+class Checkpoints:
+    """Saves and restores one run. All processes call all methods.
+
+    `networks` maps folder names to diffusers models (wrapped or not) that are saved; `data` and `lr_scheduler` have
+    `state_dict` and `load_state_dict`, of plain numbers and lists.
+    """
+
+    def __init__(self, accelerator, args, networks, data, lr_scheduler):
+        self.accelerator, self.args, self.data, self.lr_scheduler = accelerator, args, data, lr_scheduler
+        self.networks = {
+            name: accelerator.unwrap_model(network, keep_torch_compile=False) for name, network in networks.items()
+        }
+        accelerator.register_save_state_pre_hook(self.save_networks)
+        accelerator.register_load_state_pre_hook(self.load_networks)
+
+    def save_networks(self, models, weights, folder):
+        """accelerate's hook: write the networks for diffusers, instead of accelerate's own files."""
+        weights.clear()
+        if self.accelerator.is_main_process:
+            for name, network in self.networks.items():
+                network.save_pretrained(os.path.join(folder, name))
+
+    def load_networks(self, models, folder):
+        """accelerate's hook: read what `save_networks` wrote."""
+        models.clear()
+        for name, network in self.networks.items():
+            saved = type(network).from_pretrained(folder, subfolder=name)
+            network.load_state_dict(saved.state_dict())
+
+    def save(self, step):
+        """Write `checkpoint-{step}`, then remove those beyond `--checkpoints_total_limit`.
+
+        Raises UserError if it cannot be written; what was there before is left as it is.
+        """
+        folder = os.path.join(self.args.output_dir, f"checkpoint-{step}")
+        try:
+            if self.accelerator.is_main_process:
+                os.makedirs(folder + PARTIAL)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(folder + PARTIAL)
+            data_states = gather_object([self.data.state_dict()])
+            if self.accelerator.is_main_process:
+                state = {
+                    "step": step,
+                    "options": public_options(self.args),
+                    "data": data_states,
+                    "lr_scheduler": self.lr_scheduler.state_dict(),
+                }
+                with open(os.path.join(folder + PARTIAL, STATE_FILE), "w", encoding="utf-8") as file:
+                    json.dump(state, file, indent=2)
+                publish_folder(folder + PARTIAL, folder)
+                limit = self.args.checkpoints_total_limit
+                for old in list_checkpoints(self.args.output_dir)[: -limit if limit else 0]:
+                    remove_folder(old)
+        except OSError as error:
+            raise UserError(f"--output_dir: cannot write {folder!r}: {error}; earlier ones are intact") from error
+        self.accelerator.wait_for_everyone()
+        logger.info("Saved %s", folder)
+
+    def resume(self):
+        """Go on where `--resume_from_checkpoint` says; returns the number of finished optimizer steps.
+
+        Raises UserError for a folder that is not a checkpoint, or one of a run with other options.
+        """
+        folder = folder_to_resume(self.args)
+        if self.accelerator.is_main_process:
+            remove_leftovers(self.args.output_dir)
+        if folder is None:
+            if self.args.resume_from_checkpoint:
+                logger.info("No checkpoint in %s; starting a new run", self.args.output_dir)
+            return 0
+        state = read_state(folder)
+        check_same_run(self.args, state["options"])
+        if len(state["data"]) != self.accelerator.num_processes:
+            raise UserError(
+                f"--resume_from_checkpoint: saved by {len(state['data'])} processes, but "
+                f"{self.accelerator.num_processes} are running; allowed: the same number"
+            )
+        try:
+            self.accelerator.load_state(folder)
+        except Exception as error:  # a damaged file makes the libraries raise nearly anything
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"--resume_from_checkpoint: cannot load {folder!r}: {reason}") from error
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.data.load_state_dict(state["data"][self.accelerator.process_index])
+        logger.info("Going on from %s", folder)
+        return state["step"]

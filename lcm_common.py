@@ -1,0 +1,177 @@
+"""The math of latent consistency distillation: pure functions on tensors, float32 throughout.
+
+Shapes: B samples, T training timesteps of the noise schedule (1000), N points of the solver's grid.
+Latents are (B, C, h, w); timesteps `t` are (B,) int64 in [0, T); `alphas` and `sigmas` are (T,) float32 with
+alphas^2 + sigmas^2 = 1. Whatever dtype the networks return, every function here computes and returns float32.
+
+Algorithm 1 and its symbols: Luo et al., "Latent Consistency Models", arXiv 2310.04378.
+"""
+
+import torch
+
+
+def noise_schedule(alphas_cumprod):
+    """Square roots of the schedule: alphas(t) = sqrt(alphas_cumprod), sigmas(t) = sqrt(1 - alphas_cumprod).
+
+    `alphas_cumprod` is (T,), as a diffusers scheduler holds it. Returns two (T,) float32 tensors.
+    """
+    alphas_cumprod = alphas_cumprod.float()
+    return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+
+def gather(table, t, like):
+    """Row `t` of a (T,) table for each sample, as (B, 1, ..., 1) float32 with as many dimensions as `like`."""
+    return table.float()[t].reshape(-1, *[1] * (like.ndim - 1))
+
+
+def add_noise(z_0, noise, t, alphas, sigmas):
+    """z_t = alpha(t) z_0 + sigma(t) noise, in float32; in bfloat16 the noise level near t = 0 is off by percents.
+
+    `z_0` and `noise` are (B, C, h, w) of any float dtype. Returns (B, C, h, w) float32.
+    """
+    return gather(alphas, t, z_0) * z_0.float() + gather(sigmas, t, z_0) * noise.float()
+
+
+def predicted_origin(output, t, z_t, alphas, sigmas, prediction_type):
+    """The clean latent x_0 that a network's `output` at (z_t, t) stands for.
+
+    epsilon: (z_t - sigma output) / alpha; sample: output; v_prediction: alpha z_t - sigma output.
+    `output` and `z_t` are (B, C, h, w). Returns (B, C, h, w) float32. With epsilon, alpha(t) must not be 0: a
+    schedule with zero terminal SNR has no x_0 there. Raises ValueError for another `prediction_type`.
+    Matches step 4 of diffusers' `LCMScheduler.step`.
+    """
+    output, z_t = output.float(), z_t.float()
+    alpha_t, sigma_t = gather(alphas, t, z_t), gather(sigmas, t, z_t)
+    if prediction_type == "epsilon":
+        return (z_t - sigma_t * output) / alpha_t
+    if prediction_type == "sample":
+        return output
+    if prediction_type == "v_prediction":
+        return alpha_t * z_t - sigma_t * output
+    raise ValueError(f"prediction_type is {prediction_type!r}; allowed: epsilon, sample, v_prediction")
+
+
+def predicted_noise(output, t, z_t, alphas, sigmas, prediction_type):
+    """The noise eps that a network's `output` at (z_t, t) stands for; the twin of `predicted_origin`.
+
+    epsilon: output; sample: (z_t - alpha output) / sigma; v_prediction: alpha output + sigma z_t.
+    Shapes, dtype, errors as there. Matches the predicted epsilon in diffusers' `DDIMScheduler.step`.
+    """
+    output, z_t = output.float(), z_t.float()
+    alpha_t, sigma_t = gather(alphas, t, z_t), gather(sigmas, t, z_t)
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "sample":
+        return (z_t - alpha_t * output) / sigma_t
+    if prediction_type == "v_prediction":
+        return alpha_t * output + sigma_t * z_t
+    raise ValueError(f"prediction_type is {prediction_type!r}; allowed: epsilon, sample, v_prediction")
+
+
+def boundary_scalings(t, timestep_scaling=10.0, sigma_data=0.5):
+    """c_skip = sigma_data^2 / ((s t)^2 + sigma_data^2) and c_out = s t / sqrt((s t)^2 + sigma_data^2).
+
+    `t` is (B,), `timestep_scaling` is s. Returns (c_skip, c_out), each (B,) float32; at t = 0 they are exactly
+    1 and 0, which makes f(z, 0) = z. Matches `LCMScheduler.get_scalings_for_boundary_condition_discrete`.
+    """
+    scaled_t = timestep_scaling * t.float()
+    c_skip = sigma_data**2 / (scaled_t**2 + sigma_data**2)
+    c_out = scaled_t / (scaled_t**2 + sigma_data**2).sqrt()
+    return c_skip, c_out
+
+
+def consistency_function(output, t, z_t, alphas, sigmas, prediction_type, timestep_scaling=10.0):
+    """f(z_t, t) = c_skip(t) z_t + c_out(t) x_0(output): the network's answer, pinned to f(z, 0) = z.
+
+    Shapes, dtype, errors as `predicted_origin`. Equation 9 of arXiv 2310.04378 for epsilon.
+    """
+    x_0 = predicted_origin(output, t, z_t, alphas, sigmas, prediction_type)
+    c_skip, c_out = (c.reshape(-1, *[1] * (z_t.ndim - 1)) for c in boundary_scalings(t, timestep_scaling))
+    return c_skip * z_t.float() + c_out * x_0
+
+
+def guidance_embedding(w, dim):
+    """Sinusoidal embedding of 1000 w: sines, then cosines, over frequencies 10000^(-i / (dim // 2 - 1)).
+
+    `w` is (B,), the guidance weight of the paper (CFG scale - 1). Returns (B, dim) float32; an odd `dim` ends in a
+    column of zeros. Raises ValueError for dim < 4. Matches `get_guidance_scale_embedding` of diffusers' pipelines.
+    """
+    if dim < 4:
+        raise ValueError(f"dim is {dim}; a guidance embedding needs at least 4")
+    half = dim // 2
+    frequencies = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=w.device) * -(torch.log(torch.tensor(10000.0)) / (half - 1))
+    )
+    angles = 1000.0 * w.float()[:, None] * frequencies
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.nn.functional.pad(embedding, (0, dim % 2))
+
+
+def apply_guidance(cond_output, uncond_output, w):
+    """cond + w (cond - uncond), in float32: the LCM form of classifier-free guidance, so w = CFG scale - 1.
+
+    Outputs are (B, C, h, w'), `w` is (B,). x_0 and eps are affine in the output with weights that do not depend on
+    the conditioning, so guiding the raw output once is the same as guiding both of them afterwards.
+    """
+    w = w.float().reshape(-1, *[1] * (cond_output.ndim - 1))
+    cond_output, uncond_output = cond_output.float(), uncond_output.float()
+    return cond_output + w * (cond_output - uncond_output)
+
+
+class DDIMSolver:
+    """DDIM as the ODE solver of Algorithm 1, on the grid t_i = (i + 1) k - 1, with k = T // N.
+
+    `alphas_cumprod` is (T,). The grid is the one of `LCMScheduler(original_inference_steps=N)`; if N does not divide
+    T it ends before T - 1 (`reaches_end` is False). Raises ValueError unless 1 <= N <= T.
+    """
+
+    def __init__(self, alphas_cumprod, num_steps=50):
+        num_train_timesteps = len(alphas_cumprod)
+        if not 1 <= num_steps <= num_train_timesteps:
+            raise ValueError(f"num_steps is {num_steps}; allowed: 1 to {num_train_timesteps}")
+        self.num_steps = num_steps
+        self.k = num_train_timesteps // num_steps
+        self.timesteps = torch.arange(1, num_steps + 1, device=alphas_cumprod.device) * self.k - 1
+        self.reaches_end = num_steps * self.k == num_train_timesteps
+        self.alphas, self.sigmas = noise_schedule(alphas_cumprod)
+
+    def interval(self, n):
+        """(t_nk, t_n) for grid indices `n` (B,): the grid point and the one k steps before it, 0 at the end."""
+        t_nk = self.timesteps[n]
+        return t_nk, (t_nk - self.k).clamp(min=0)
+
+    def step(self, x_0, eps, t_n):
+        """z_n = alpha(t_n) x_0 + sigma(t_n) eps: one deterministic DDIM step to `t_n`; (B, C, h, w) float32.
+
+        Source: `DDIMScheduler.step` with eta 0.
+        """
+        return add_noise(x_0, eps, t_n, self.alphas, self.sigmas)
+
+
+def consistency_loss(prediction, target, loss_type="l2", huber_c=0.001):
+    """l2: mean of d^2; huber: mean of sqrt(d^2 + c^2) - c, with d = prediction - target in float32.
+
+    Returns a scalar. Raises ValueError for another `loss_type`. The second is the pseudo-Huber loss of Song &
+    Dhariwal, "Improved Techniques for Training Consistency Models", arXiv 2310.14189, taken element by element.
+    """
+    difference = prediction.float() - target.float()
+    if loss_type == "l2":
+        return difference.square().mean()
+    if loss_type == "huber":
+        return ((difference.square() + huber_c**2).sqrt() - huber_c).mean()
+    raise ValueError(f"loss_type is {loss_type!r}; allowed: l2, huber")
+
+
+@torch.no_grad()
+def update_ema(target, source, decay):
+    """target <- decay target + (1 - decay) source, for every parameter of two modules with the same names.
+
+    The targets keep their dtype and device. Raises ValueError, naming one, if a parameter is missing on a side.
+    """
+    target_parameters, source_parameters = dict(target.named_parameters()), dict(source.named_parameters())
+    if target_parameters.keys() != source_parameters.keys():
+        odd = sorted(target_parameters.keys() ^ source_parameters.keys())
+        raise ValueError(f"the EMA and its source differ in {len(odd)} parameters, among them {odd[0]}")
+    targets = list(target_parameters.values())
+    sources = [source_parameters[name].to(t.dtype) for name, t in target_parameters.items()]
+    torch._foreach_lerp_(targets, sources, 1 - decay)

@@ -1,0 +1,499 @@
+"""Captioned pictures from WebDataset shards: an endless, seeded stream of batches that can be resumed exactly.
+
+One *stream* is one data loader worker of one process. Its stages, in order:
+
+    order of shards -> tar members as bytes -> samples -> shuffled blocks -> picture, caption, filters -> batches
+
+Nothing is ever unpickled: of a sample, only its picture, caption and JSON are read, each by its own parser.
+Nothing is skipped silently: what cannot be used travels through the shuffle as a `Problem` and is counted.
+A stream's place is five integers (`Position`): a block of samples and how many of it were used. The order within a
+block is a function of (seed, stream, pass, block), so a resume reads one block again and nothing else.
+"""
+
+import glob
+import io
+import itertools
+import json
+import logging
+import math
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+
+import braceexpand
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from webdataset.gopen import gopen
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
+
+from lcm_options import UserError
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+CAPTION_SUFFIXES = ("txt", "text", "caption")
+MAX_ASPECT_RATIO = 16  # resizing a thinner picture to the resolution would take gigabytes
+
+INTERPOLATION = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "nearest": Image.Resampling.NEAREST,
+    "nearest_exact": Image.Resampling.NEAREST,  # Pillow's nearest is already the exact one
+    "hamming": Image.Resampling.HAMMING,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What decides which batches a run sees, and in which order."""
+
+    shards: tuple[str, ...]  # local paths, http(s):// or pipe: addresses, without braces
+    batch_size: int
+    resolution: int  # pixels, both sides
+    seed: int
+    interpolation_type: str = "bilinear"
+    center_crop: bool = False
+    random_flip: bool = False
+    proportion_empty_prompts: float = 0.0
+    caption_key: str = "caption"  # in the JSON, for samples without a caption file
+    width_key: str | None = None  # in the JSON; None measures the picture
+    height_key: str | None = None
+    min_image_size: int = 0  # pixels, of the shorter side
+    max_watermark_probability: float | None = None  # against `pwatermark` in the JSON
+    shuffle_buffer_size: int = 1000  # samples a block
+    num_workers: int = 0
+    rank: int = 0
+    num_processes: int = 1
+
+    @property
+    def streams_per_process(self):
+        return max(1, self.num_workers)
+
+    @property
+    def num_streams(self):
+        return self.num_processes * self.streams_per_process
+
+
+def data_config(args, shards, accelerator):
+    """The options' and the process's DataConfig; `shards` come from `expand_shards`."""
+    names = DataConfig.__dataclass_fields__.keys() & vars(args).keys()
+    return DataConfig(
+        shards=shards,
+        batch_size=args.train_batch_size,
+        num_workers=args.dataloader_num_workers,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        **{name: getattr(args, name) for name in names},
+    )
+
+
+@dataclass(frozen=True)
+class Position:
+    """The start of a stream's current block, and how many of the block's samples were taken."""
+
+    pass_index: int = 0  # how often the stream went through its shards
+    shard_index: int = 0  # within the stream's share of this pass
+    member_index: int = 0  # the block's first sample, counted in its shard
+    block_index: int = 0  # within this pass
+    taken: int = 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A sample, or a shard, that cannot be used."""
+
+    reason: str  # a few words, the same for all of a kind
+    detail: str
+
+
+class Unusable(Exception):
+    """Raised while a sample is decoded; carries the reason under which it is counted."""
+
+
+@dataclass
+class Item:
+    """What a stream hands to the training process: a batch, or word that a whole pass gave nothing."""
+
+    stream: int  # of this process
+    position: Position
+    empty_passes: int  # reported since `position`
+    batch: dict | None
+    num_usable: int
+    problems: list = field(default_factory=list)
+
+
+def expand_shards(patterns):
+    """List every shard that the option's values name: brace ranges, `::`-joined lists, local wildcards.
+
+    Raises UserError if a pattern is malformed or if no shard is left; missing local files are logged and left out.
+    """
+    shards = []
+    for pattern in itertools.chain.from_iterable(p.split("::") for p in patterns):
+        try:
+            expanded = list(braceexpand.braceexpand(os.path.expanduser(pattern)))
+        except ValueError as error:
+            raise UserError(f"--train_shards_path_or_url: {pattern!r}: {error}") from None
+        for shard in filter(None, expanded):
+            is_local = not shard.startswith("pipe:") and "://" not in shard
+            shards += sorted(glob.glob(shard)) if is_local and glob.has_magic(shard) else [shard]
+    missing = [s for s in shards if not s.startswith("pipe:") and "://" not in s and not os.path.isfile(s)]
+    if missing and len(missing) < len(shards):
+        logger.warning("%d of %d shards do not exist, for example %s", len(missing), len(shards), missing[0])
+    present = tuple(s for s in shards if s not in set(missing))
+    if not present:
+        raise UserError(f"--train_shards_path_or_url: {' '.join(patterns)!r} matches no shard")
+    return present
+
+
+# Shards to samples.
+
+
+def shard_order(config, stream, pass_index):
+    """This stream's share of one pass, as a list of (shard, part, num_parts).
+
+    All streams shuffle alike, seeded by the pass, and deal the shards out among themselves. With fewer shards than
+    streams several streams open the same shard and each takes every `num_parts`-th sample of it.
+    """
+    order = np.random.default_rng((config.seed, pass_index)).permutation(len(config.shards))
+    shards = [config.shards[i] for i in order]
+    slot = (stream + pass_index) % config.num_streams
+    if len(shards) >= config.num_streams:
+        return [(shard, 0, 1) for shard in shards[slot :: config.num_streams]]
+    sharing = range(slot % len(shards), config.num_streams, len(shards))
+    return [(shards[slot % len(shards)], slot // len(shards), len(sharing))]
+
+
+def is_read(name):
+    """True for the members that a sample is made of; everything else in a shard is passed over unread."""
+    suffix = (base_plus_ext(name)[1] or "").lower()
+    return suffix in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, "json")
+
+
+def read_shard(url):
+    """Yield the samples of one shard as dicts of bytes, and a Problem for each thing in it that cannot be read."""
+    problems = []
+
+    def note_duplicate(error):
+        problems.append(Problem("duplicate member", f"{url}: {error.args[0]}"))
+        return True
+
+    try:
+        with gopen(url) as stream:
+            members = tar_file_iterator(stream, select_files=is_read)
+            named = ({**member, "__url__": url} for member in members)
+            for sample in group_by_keys(named, handler=note_duplicate):
+                yield from problems
+                problems.clear()
+                yield sample
+    except Exception as error:  # a shard comes from outside: whatever is wrong with it, the run goes on
+        problems.append(Problem("shard unreadable or cut short", f"{url}: {error or type(error).__name__}"))
+    yield from problems
+
+
+# Samples to pictures and captions.
+
+
+def open_image(data):
+    """Decode a picture as 8-bit RGB: upright after EXIF, 16-bit greys scaled, transparency over white.
+
+    Raises Unusable for anything that is not one whole picture, and for what Pillow holds for a decompression bomb.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            raise Unusable("picture too thin", f"{image.width} x {image.height}")
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise Unusable("picture too large", str(error)) from None
+    except Unusable:
+        raise
+    except Exception as error:  # decoders raise nearly anything on broken input
+        raise Unusable("picture unreadable", str(error) or type(error).__name__) from None
+
+
+def read_caption(sample, info, caption_key, rng):
+    """The sample's caption: its text file, else `caption_key` of the JSON (one of them, if that is a list)."""
+    for suffix in CAPTION_SUFFIXES:
+        if suffix in sample:
+            try:
+                return sample[suffix].decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise Unusable("caption is not UTF-8", str(error)) from None
+    caption = info.get(caption_key)
+    if isinstance(caption, list) and caption:
+        caption = caption[rng.integers(len(caption))]
+    if not isinstance(caption, str):
+        raise Unusable("no caption", f"no .txt, .text, .caption, and no text under {caption_key!r} in a .json")
+    return caption.strip()
+
+
+def read_json(sample):
+    """The sample's JSON object, {} if it has none."""
+    if "json" not in sample:
+        return {}
+    try:
+        info = json.loads(sample["json"])
+    except (ValueError, RecursionError) as error:
+        raise Unusable("JSON unreadable", str(error)) from None
+    if not isinstance(info, dict):
+        raise Unusable("JSON unreadable", f"it holds a {type(info).__name__}, not an object")
+    return info
+
+
+def json_number(info, key):
+    """A finite number under `key`, else Unusable."""
+    value = info.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise Unusable("JSON lacks a number", f"{key!r} is {value!r}")
+    return value
+
+
+def transform(image, config, rng):
+    """Resize the shorter side to the resolution, crop a square, perhaps mirror it.
+
+    Returns ((3, H, W) uint8 array, (crop top, crop left)), the crop in pixels of the resized, unmirrored picture.
+    """
+    resolution, shorter = config.resolution, min(image.size)
+    width, height = (int(resolution * side / shorter) for side in image.size)  # rounded as torchvision's `resize`
+    if (width, height) != image.size:
+        image = image.resize((width, height), INTERPOLATION[config.interpolation_type])
+    if config.center_crop:
+        left, top = (width - resolution) // 2, (height - resolution) // 2
+    else:
+        left, top = rng.integers(width - resolution + 1), rng.integers(height - resolution + 1)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    if config.random_flip and rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    return np.asarray(image).transpose(2, 0, 1), (int(top), int(left))
+
+
+def decode_sample(sample, config, rng):
+    """Turn a sample's bytes into what one row of a batch needs. Raises Unusable.
+
+    Returns a dict: `pixels` (3, H, W) uint8, `caption` str, `original_size` (height, width) and `crop` (top, left).
+    """
+    suffix = next((s for s in IMAGE_SUFFIXES if s in sample), None)
+    if suffix is None:
+        raise Unusable("no picture", f"no .{', .'.join(IMAGE_SUFFIXES)}")
+    info = read_json(sample)
+    caption = read_caption(sample, info, config.caption_key, rng)
+    if config.max_watermark_probability is not None:
+        probability = json_number(info, "pwatermark")
+        if probability > config.max_watermark_probability:
+            raise Unusable("watermark too probable", f"{probability:.2f}")
+    image = open_image(sample[suffix])
+    width = json_number(info, config.width_key) if config.width_key else image.width
+    height = json_number(info, config.height_key) if config.height_key else image.height
+    if min(width, height) < config.min_image_size:
+        raise Unusable("smaller than --min_image_size", f"{width} x {height}")
+    if rng.random() < config.proportion_empty_prompts:
+        caption = ""
+    pixels, crop = transform(image, config, rng)
+    return {"pixels": pixels, "caption": caption, "original_size": (int(height), int(width)), "crop": crop}
+
+
+def collate(rows):
+    """Join decoded samples into a batch of tensors and lists; sizes and crops are (B, 2) int64."""
+    return {
+        "pixels": torch.from_numpy(np.stack([row["pixels"] for row in rows])),
+        "captions": [row["caption"] for row in rows],
+        "original_sizes": torch.tensor([row["original_size"] for row in rows]),
+        "crops": torch.tensor([row["crop"] for row in rows]),
+    }
+
+
+# Streams.
+
+
+class Block:
+    """Up to `size` samples of one pass, read a few at a time so that reading goes on while the last block is used."""
+
+    def __init__(self, source, start, size):
+        self.source, self.start, self.size = source, start, size
+        self.samples, self.next_start = [], None
+
+    def read(self, count):
+        """Read `count` samples more, or fewer if the block is full or the pass ends."""
+        while count > 0 and self.next_start is None:
+            place, sample = next(self.source)
+            if sample is None:  # the pass has ended
+                self.next_start = place
+                return
+            self.samples.append(sample)
+            count -= 1
+            if len(self.samples) == self.size:
+                self.next_start = replace(place, block_index=self.start.block_index + 1)
+
+
+class Stream:
+    """One stream of one process: an endless iterator over `Item`s from a `Position` on."""
+
+    def __init__(self, config, index, position=Position(), empty_passes=0):
+        self.config, self.index, self.start, self.reported = config, index, position, empty_passes
+        self.id = config.rank * config.streams_per_process + index
+
+    def rng(self, *numbers):
+        return np.random.default_rng((self.config.seed, self.id, *numbers))
+
+    def samples(self, start):
+        """Yield (position after it, sample) without end, and (start of the next pass, None) after each pass."""
+        skip_shards, skip_members = start.shard_index, start.member_index
+        for pass_index in itertools.count(start.pass_index):
+            for shard_index, (url, part, num_parts) in enumerate(shard_order(self.config, self.id, pass_index)):
+                if shard_index < skip_shards:
+                    continue
+                for member_index, sample in enumerate(read_shard(url)):
+                    if member_index >= skip_members and member_index % num_parts == part:
+                        yield Position(pass_index, shard_index, member_index + 1), sample
+                skip_shards = skip_members = 0
+            skip_shards = skip_members = 0
+            yield Position(pass_index + 1), None
+
+    def shuffled(self):
+        """Yield (position after it, rng of its own, sample), shuffled within blocks; a None sample ends a pass."""
+        source = self.samples(self.start)
+        block = Block(source, self.start, self.config.shuffle_buffer_size)
+        block.read(block.size)
+        while True:
+            start = block.start
+            ahead = Block(source, replace(block.next_start, taken=0), block.size)
+            order = self.rng(start.pass_index, start.block_index).permutation(len(block.samples))
+            for taken, i in enumerate(order):
+                if taken >= start.taken:
+                    rng = self.rng(start.pass_index, start.block_index, i)
+                    yield replace(start, taken=taken + 1), rng, block.samples[i]
+                    ahead.read(1)
+            if ahead.start.pass_index > start.pass_index:
+                yield ahead.start, None, None
+            ahead.read(block.size)
+            block = ahead
+
+    def __iter__(self):
+        rows, problems, num_usable, usable_in_pass = [], [], 0, self.start.taken > 0
+        batch_end, empty_passes = self.start, 0
+        for position, rng, sample in self.shuffled():
+            if sample is None:
+                if not usable_in_pass:
+                    empty_passes += 1
+                    if empty_passes > self.reported:
+                        yield Item(self.index, batch_end, empty_passes, None, num_usable, problems)
+                    problems, num_usable = [], 0
+                usable_in_pass = False
+                continue
+            if isinstance(sample, Problem):
+                problems.append(sample)
+                continue
+            try:
+                rows.append(decode_sample(sample, self.config, rng))
+                usable_in_pass = True
+                num_usable += 1
+            except Unusable as error:
+                reason, detail = error.args
+                problems.append(Problem(reason, f"{sample['__url__']}: {sample['__key__']}: {detail}"))
+            if len(rows) == self.config.batch_size:
+                batch_end, empty_passes, self.reported = position, 0, 0
+                yield Item(self.index, batch_end, 0, collate(rows), num_usable, problems)
+                rows, problems, num_usable = [], [], 0
+
+
+class Streams(torch.utils.data.IterableDataset):
+    """The dataset of one process: worker w iterates over stream (w + first) mod the number of workers."""
+
+    def __init__(self, config, positions, empty_passes, first):
+        self.config, self.positions, self.empty_passes, self.first = config, positions, empty_passes, first
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        index = ((worker.id if worker else 0) + self.first) % self.config.streams_per_process
+        return iter(Stream(self.config, index, self.positions[index], self.empty_passes[index]))
+
+
+class TrainingData:
+    """An endless iterator over the batches of one process; `state_dict` is its place and its tally of skips.
+
+    A batch is a dict: `pixels` (B, 3, H, W) float32 in [-1, 1] on `device`, `captions` a list of B strings,
+    `original_sizes` (height, width) and `crops` (top, left), both (B, 2) int64 pixels.
+    Raises UserError when a whole pass over the shards gave nothing that can be trained on.
+    """
+
+    def __init__(self, config, device="cpu"):
+        self.config, self.device = config, device
+        self.positions = [Position()] * config.streams_per_process
+        self.empty_passes = [0] * config.streams_per_process
+        self.next_stream = 0
+        self.num_used = 0
+        self.skipped = Counter()
+
+    def state_dict(self):
+        return {
+            "positions": [asdict(position) for position in self.positions],
+            "empty_passes": self.empty_passes,
+            "next_stream": self.next_stream,
+            "num_used": self.num_used,
+            "skipped": dict(self.skipped),
+        }
+
+    def load_state_dict(self, state):
+        """Continue from `state`. Raises UserError if it was saved with another number of workers."""
+        if len(state["positions"]) != self.config.streams_per_process:
+            raise UserError(
+                f"--dataloader_num_workers: the checkpoint was saved with {len(state['positions'])} data streams a "
+                f"process, not {self.config.streams_per_process}"
+            )
+        self.positions = [Position(**position) for position in state["positions"]]
+        self.empty_passes = list(state["empty_passes"])
+        self.next_stream = state["next_stream"]
+        self.num_used = state["num_used"]
+        self.skipped = Counter(state["skipped"])
+
+    def describe_skipped(self):
+        """The tally in one line, the most frequent reason first."""
+        return ", ".join(f"{count} x {reason}" for reason, count in self.skipped.most_common()) or "none"
+
+    def note_problems(self, problems):
+        """Count what was skipped, and log the first of each kind in full."""
+        for problem in problems:
+            self.skipped[problem.reason] += 1
+            if self.skipped[problem.reason] == 1:
+                logger.warning("Skipped: %s (%s). Further ones are counted.", problem.reason, problem.detail)
+
+    def __iter__(self):
+        loader = torch.utils.data.DataLoader(
+            Streams(self.config, self.positions, self.empty_passes, self.next_stream),
+            batch_size=None,
+            num_workers=self.config.num_workers,
+            pin_memory=torch.device(self.device).type == "cuda",
+            generator=torch.Generator(),  # the loader's own draw must not move the global generator
+        )
+        # A process sees 1/num_processes of the shards in a pass, so it takes that many empty ones to call it a day.
+        empty_since = Counter()
+        for item in loader:
+            self.positions[item.stream] = item.position
+            self.empty_passes[item.stream] = item.empty_passes
+            self.next_stream = (item.stream + 1) % self.config.streams_per_process
+            self.num_used += item.num_usable
+            self.note_problems(item.problems)
+            if item.num_usable:
+                empty_since.clear()
+            if item.batch is None:
+                empty_since[item.stream] += 1
+                if all(empty_since[s] >= self.config.num_processes for s in range(self.config.streams_per_process)):
+                    raise UserError(
+                        "--train_shards_path_or_url: a whole pass over the shards gave no usable sample. "
+                        f"Skipped: {self.describe_skipped()}. A sample needs a picture "
+                        f"({', '.join(IMAGE_SUFFIXES)}) and a caption ({', '.join(CAPTION_SUFFIXES)}, or "
+                        "--caption_key in its JSON), and must pass the filters"
+                    )
+                continue
+            pixels = item.batch["pixels"].to(self.device, non_blocking=True)
+            yield {**item.batch, "pixels": pixels.float() / 127.5 - 1}

@@ -1,0 +1,169 @@
+"""What a finished run leaves behind: networks, the matching scheduler, a model card, and all of it on the Hub."""
+
+import copy
+import logging
+import os
+import shutil
+import tempfile
+
+import torch
+from diffusers import LCMScheduler
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+
+from lcm_checkpoint import whole_folder
+from lcm_options import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def lcm_scheduler(noise_schedule, args):
+    """The LCMScheduler that samples on the grid, and with the boundary scalings, that were trained."""
+    return LCMScheduler.from_config(
+        noise_schedule.config,
+        original_inference_steps=args.num_ddim_timesteps,
+        timestep_scaling=args.timestep_scaling_factor,
+    )
+
+
+def usage_code(args, source, subfolder=None):
+    """Python that samples from the U-Net at `source`, a folder or repository of this run's."""
+    low, high = args.w_min + 1, args.w_max + 1
+    scale = min(max(7.5, low), high)
+    unet = f'"{source}", subfolder="{subfolder}"' if subfolder else f'"{source}", variant="fp16"'
+    return f"""\
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+
+unet = UNet2DConditionModel.from_pretrained({unet}, torch_dtype=torch.float16)
+scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
+pipeline = DiffusionPipeline.from_pretrained(
+    "{teacher_name(args)}", unet=unet, scheduler=scheduler, torch_dtype=torch.float16
+).to("cuda")
+
+# Trained for guidance scales from {low:g} to {high:g}.
+prompt = "{args.validation_prompts[0]}"
+image = pipeline(prompt, num_inference_steps=4, guidance_scale={scale:g}).images[0]
+"""
+
+
+def teacher_name(args):
+    """The teacher's Hub id; of a local folder only its last part, since cards travel."""
+    teacher = args.pretrained_teacher_model
+    return os.path.basename(os.path.normpath(teacher)) if os.path.isdir(teacher) else teacher
+
+
+def model_card(args, source, subfolder, picture, steps):
+    """The model card: what this is, how to sample from it, how it was trained."""
+    is_local = os.path.isdir(args.pretrained_teacher_model)
+    data = ModelCardData(
+        base_model=None if is_local else args.pretrained_teacher_model,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["latent-consistency-model", "stable-diffusion", "text-to-image"],
+    )
+    options = {
+        "optimizer steps": steps,
+        "samples a step and process": args.train_batch_size * args.gradient_accumulation_steps,
+        "resolution": args.resolution,
+        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}",
+        "guidance_scale": f"{args.w_min + 1:g} to {args.w_max + 1:g}",
+        "DDIM grid": f"{args.num_ddim_timesteps} steps",
+        "loss": args.loss_type + (f", c = {args.huber_c:g}" if args.loss_type == "huber" else ""),
+        "EMA decay": args.ema_decay,
+        "mixed precision": args.mixed_precision,
+        "seed": args.seed,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in options.items())
+    return ModelCard(f"""\
+---
+{data.to_yaml()}
+---
+
+# A latent consistency model of {teacher_name(args)}
+
+This U-Net samples in 1 to 8 steps. It was distilled from {teacher_name(args)} with latent consistency distillation
+([arXiv 2310.04378](https://arxiv.org/abs/2310.04378)) and falls under the licence of that model.
+
+![Validation pictures]({picture})
+
+## How to use it
+
+```python
+{usage_code(args, source, subfolder)}```
+
+## How it was trained
+
+| | |
+| --- | --- |
+{table}
+""")
+
+
+class Export:
+    """Saves what was trained and, if asked, pushes it. The repository is made at once, so that a wrong name or a
+    missing token shows before training; raises UserError then.
+
+    `networks` maps folder names to diffusers models (wrapped or not); `pushed` names the one for the Hub.
+    """
+
+    def __init__(self, accelerator, args, networks, scheduler, pushed):
+        self.accelerator, self.args, self.scheduler, self.pushed = accelerator, args, scheduler, pushed
+        self.networks = {
+            name: accelerator.unwrap_model(network, keep_torch_compile=False) for name, network in networks.items()
+        }
+        if args.push_to_hub and accelerator.is_main_process:
+            name = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
+            try:
+                self.repo_id = create_repo(name, exist_ok=True, private=args.hub_private, token=args.hub_token).repo_id
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(f"--push_to_hub: cannot make the repository {name!r}: {reason}") from error
+
+    def finish(self, steps, seconds, data):
+        """Write the networks, the scheduler and the card to `output_dir`, push, and say where everything is."""
+        if self.accelerator.is_main_process:
+            output_dir = self.args.output_dir
+            for name, part in {**self.networks, "scheduler": self.scheduler}.items():
+                with whole_folder(os.path.join(output_dir, name)) as folder:
+                    part.save_pretrained(folder)
+            card = model_card(self.args, output_dir, self.pushed, f"validation/step-{steps:06d}.png", steps)
+            card.save(os.path.join(output_dir, "README.md"))
+            print(
+                f"\nTrained {steps} steps in {seconds:.0f} s on {data.num_used} samples; "
+                f"skipped: {data.describe_skipped()}.\n"
+                f"{', '.join(f'{output_dir}/{name}' for name in self.networks)}: the networks; use {self.pushed}\n"
+                f"{output_dir}/scheduler: the scheduler that fits them\n"
+                f"{output_dir}/validation: pictures; {output_dir}/{self.args.logging_dir}: logs\n\n"
+                f"{usage_code(self.args, output_dir, self.pushed)}"
+            )
+            if self.args.push_to_hub:
+                self.push(steps)
+        self.accelerator.end_training()
+
+    def push(self, steps):
+        """Upload the pushed network to the repository's root, in float32 and as fp16 variant, with scheduler and card.
+
+        Nothing else: no optimizer states, logs or local paths. Raises UserError if the upload still fails after the
+        client's own retries; everything is on disk by then.
+        """
+        network = self.networks[self.pushed]
+        picture = os.path.join(self.args.output_dir, "validation", f"step-{steps:06d}.png")
+        with tempfile.TemporaryDirectory() as folder:
+            network.save_pretrained(folder)
+            copy.deepcopy(network).to("cpu", torch.float16).save_pretrained(folder, variant="fp16")
+            self.scheduler.save_pretrained(os.path.join(folder, "scheduler"))
+            shutil.copy(picture, os.path.join(folder, "validation.png"))
+            model_card(self.args, self.repo_id, None, "validation.png", steps).save(os.path.join(folder, "README.md"))
+            try:
+                upload_folder(
+                    repo_id=self.repo_id,
+                    folder_path=folder,
+                    commit_message="End of training",
+                    token=self.args.hub_token,
+                )
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(
+                    f"--push_to_hub: the upload failed ({reason}); everything is in {self.args.output_dir!r}"
+                ) from error
+        print(f"Pushed to {self.repo_id}")

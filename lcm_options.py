@@ -1,0 +1,323 @@
+"""The options of the training scripts, in groups, and the checks that need nothing heavy.
+
+Only the standard library is imported here, so that `--help` and a mistyped option answer at once.
+A script picks the groups it needs and passes its own defaults where the four scripts differ.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import logging
+import math
+import os
+import re
+import sys
+
+TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
+VALIDATION_PROMPTS = [
+    "a watercolour of a lighthouse on a cliff at dusk, gentle waves, warm light in the windows",
+    "portrait of an old fisherman in a yellow raincoat, shallow depth of field, overcast morning",
+    "a bowl of ramen on a wooden counter, steam, neon signs out of focus behind it",
+    "a small red fox asleep in fresh snow, soft light, detailed fur",
+]
+
+
+class UserError(Exception):
+    """Something the user can mend; scripts print it in one line and exit with status 1."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line that begins with the option."""
+
+    def error(self, message):
+        message = re.sub(r"^argument (--\w+)(/[^:]+)?: ", r"\1: ", message)
+        message = re.sub(r"^the following arguments are required: (.+)$", r"\1: required, but not given", message)
+        unknown = re.match(r"^unrecognized arguments: (\S+)", message)
+        if unknown:
+            name = unknown[1].split("=")[0]
+            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            message = f"{name}: no such option" + (f"; did you mean {close[0]}?" if close else "; see --help")
+        self.exit(2, message.replace("\n", " ") + "\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's line breaks and adds each default that is worth saying."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or action.required:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def integer(low, high=None):
+    """An argparse type: an integer in [low, high]."""
+    allowed = f"an integer from {low} to {high}" if high is not None else f"an integer of at least {low}"
+
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{text!r} given; allowed: {allowed}")
+        return value
+
+    return parse
+
+
+def number(low, high=math.inf, below=math.inf, above=-math.inf):
+    """An argparse type: a finite number in [low, high], smaller than `below` and larger than `above`."""
+    upper = f" and at most {high:g}" if high < math.inf else f" and less than {below:g}" if below < math.inf else ""
+    allowed = (f"a number larger than {above:g}" if above > -math.inf else f"a number of at least {low:g}") + upper
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and above < value < below and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} given; allowed: {allowed}")
+        return value
+
+    return parse
+
+
+def make_parser(description):
+    """An empty parser with the script's docstring as its description."""
+    return Parser(description=description, formatter_class=HelpFormatter)
+
+
+def add_model_options(parser):
+    group = parser.add_argument_group("models")
+    add = group.add_argument
+    add("--pretrained_teacher_model", required=True, metavar="ID_OR_FOLDER",
+        help="The model to distil: a Hub id or a local folder in the layout of diffusers.")
+    add("--pretrained_vae_model_name_or_path", metavar="ID_OR_FOLDER",
+        help="A VAE to use instead of the teacher's own, at its default revision.")
+    add("--teacher_revision", metavar="REV",
+        help="Revision (branch, tag or commit) of the teacher on the Hub, for all of its parts.")
+    add("--revision", metavar="REV",
+        help="The same; used where --teacher_revision is not given.")
+    add("--cache_dir", metavar="FOLDER",
+        help="Where downloaded models are kept, instead of the Hub client's own cache.")
+
+
+def add_output_options(parser):
+    group = parser.add_argument_group("output, logging and resuming")
+    add = group.add_argument
+    add("--output_dir", default="lcm-xl-distilled", metavar="FOLDER",
+        help="Where networks, checkpoints, pictures and logs are written.")
+    add("--seed", type=integer(0),
+        help="Decides data order, noise, timesteps and guidance. Drawn, logged and stored if not given.")
+    add("--logging_dir", default="logs", metavar="FOLDER",
+        help="Folder of the trackers' files, inside --output_dir.")
+    add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "comet_ml", "all", "none"],
+        help="Where losses and pictures are logged; `all` takes every tracker that is installed.")
+    add("--tracker_project_name", default="text2image-fine-tune", metavar="NAME",
+        help="The project under which the trackers file this run.")
+    add("--checkpointing_steps", type=integer(1), default=500, metavar="STEPS",
+        help="Save everything needed to go on exactly, every so many optimizer steps.")
+    add("--checkpoints_total_limit", type=integer(1), metavar="N",
+        help="Keep the newest N checkpoints; older ones go once the new one is safe. All are kept if unset.")
+    add("--resume_from_checkpoint", metavar="latest|FOLDER",
+        help="Go on from a checkpoint, by name in --output_dir or by path. `latest` starts anew if there is none.")
+
+
+def add_data_options(parser, resolution):
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--train_shards_path_or_url", action="append", required=True, metavar="SHARDS",
+        help="WebDataset shards: paths, http(s):// or pipe: addresses, with {000..123} ranges and :: between several. "
+             "May be repeated. Only pictures, captions and JSON are read; nothing is unpickled.")
+    add("--resolution", type=integer(8), default=resolution, metavar="PIXELS",
+        help="Pictures are resized so that their shorter side has this length, then cropped to a square.")
+    add("--interpolation_type", default="bilinear",
+        choices=["bilinear", "bicubic", "box", "nearest", "nearest_exact", "hamming", "lanczos"],
+        help="How Pillow resizes.")
+    add("--center_crop", action="store_true",
+        help="Crop the middle; otherwise the crop's place is random.")
+    add("--random_flip", action="store_true",
+        help="Mirror half of the pictures.")
+    add("--proportion_empty_prompts", type=number(0, 1), default=0, metavar="P",
+        help="Share of captions that are replaced by an empty one.")
+    add("--caption_key", default="caption", metavar="KEY",
+        help="Key of the caption in a sample's JSON, used where there is no .txt, .text or .caption.")
+    add("--width_key", metavar="KEY",
+        help="Key of the picture's original width in the JSON. Measured on the picture if unset.")
+    add("--height_key", metavar="KEY",
+        help="Key of the picture's original height in the JSON. Measured on the picture if unset.")
+    add("--min_image_size", type=integer(0), default=0, metavar="PIXELS",
+        help="Skip, and count, pictures whose shorter side is smaller.")
+    add("--max_watermark_probability", type=number(0, 1), metavar="P",
+        help="Skip, and count, samples whose JSON gives a larger `pwatermark`, or none.")
+    add("--shuffle_buffer_size", type=integer(1), default=1000, metavar="SAMPLES",
+        help="Samples are shuffled in blocks of this many, in each data worker; a resume re-reads one such block.")
+    add("--dataloader_num_workers", type=integer(0), default=0, metavar="N",
+        help="Processes that read data; 0 reads in the training process.")
+
+
+def add_training_options(parser):
+    group = parser.add_argument_group("length and batches")
+    add = group.add_argument
+    add("--train_batch_size", type=integer(1), default=16, metavar="SAMPLES",
+        help="Samples per process in one forward and backward pass.")
+    add("--gradient_accumulation_steps", type=integer(1), default=1, metavar="N",
+        help="Passes per optimizer step. A value in `accelerate config` overrides this one; the log says so.")
+    add("--max_train_steps", type=integer(1), metavar="STEPS",
+        help="Optimizer steps of the whole run. If unset: --num_train_epochs times the steps of an epoch.")
+    add("--num_train_epochs", type=integer(1), default=100, metavar="N",
+        help="Length of the run where --max_train_steps is not given.")
+    add("--max_train_samples", type=integer(1), metavar="SAMPLES",
+        help="The length of an epoch. Not a subset: all shards are read. Needed unless --max_train_steps is given.")
+    add("--local_rank", type=int, default=-1, metavar="N",
+        help="Set by some launchers; the environment's LOCAL_RANK wins.")
+
+    group = parser.add_argument_group("optimizer and learning rate")
+    add = group.add_argument
+    add("--learning_rate", type=number(0), default=1e-4, metavar="LR",
+        help="Learning rate after the warm-up.")
+    add("--scale_lr", action="store_true",
+        help="Multiply the learning rate by processes x accumulation x batch size.")
+    add("--lr_scheduler", default="constant",
+        choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
+        help="Course of the learning rate. `constant` has no warm-up.")
+    add("--lr_warmup_steps", type=integer(0), default=500, metavar="STEPS",
+        help="Optimizer steps over which the rate rises from 0, for every course but `constant`.")
+    add("--use_8bit_adam", action="store_true",
+        help="bitsandbytes' 8-bit AdamW: a quarter of the optimizer's memory.")
+    add("--adam_beta1", type=number(0, below=1), default=0.9, metavar="BETA",
+        help="Decay of AdamW's first moment.")
+    add("--adam_beta2", type=number(0, below=1), default=0.999, metavar="BETA",
+        help="Decay of AdamW's second moment.")
+    add("--adam_weight_decay", type=number(0), default=1e-2, metavar="DECAY",
+        help="AdamW's weight decay.")
+    add("--adam_epsilon", type=number(0, above=0), default=1e-8, metavar="EPS",
+        help="AdamW's epsilon.")
+    add("--max_grad_norm", type=number(0, above=0), default=1.0, metavar="NORM",
+        help="Gradients are scaled down to this norm.")
+
+
+def add_distillation_options(parser, w_min, vae_encode_batch_size):
+    """Adds the options of the method, and returns their group for those of one script only."""
+    group = parser.add_argument_group("latent consistency distillation")
+    add = group.add_argument
+    add("--w_min", type=number(0), default=w_min, metavar="W",
+        help="Smallest guidance weight. guided = cond + w (cond - uncond), so w is a pipeline's guidance_scale - 1.")
+    add("--w_max", type=number(0), default=15.0, metavar="W",
+        help="Largest guidance weight; w is drawn evenly between the two.")
+    add("--num_ddim_timesteps", type=integer(1, 1000), default=50, metavar="N",
+        help="Points of the teacher's DDIM grid. The student learns to jump along the grid, and to sample on it.")
+    add("--loss_type", default="l2", choices=["l2", "huber"],
+        help="Squared error, or sqrt(d^2 + c^2) - c, which outliers sway less.")
+    add("--huber_c", type=number(0, above=0), default=0.001, metavar="C",
+        help="The c of the Huber loss.")
+    add("--timestep_scaling_factor", type=number(0, above=0), default=10.0, metavar="S",
+        help="Scale of t in the boundary conditions; the saved scheduler carries it.")
+    add("--vae_encode_batch_size", type=integer(1), default=vae_encode_batch_size, metavar="SAMPLES",
+        help="Pictures that the VAE encodes at once.")
+    return group
+
+
+def add_full_model_options(group):
+    """Options of the two scripts that train a whole U-Net."""
+    add = group.add_argument
+    add("--unet_time_cond_proj_dim", type=integer(4), default=256, metavar="DIM",
+        help="Size of the guidance embedding that the student is fed.")
+    add("--ema_decay", type=number(0, 1), default=0.95, metavar="DECAY",
+        help="Decay of the student's moving average: the target network, and the one to sample from.")
+
+
+def add_precision_options(parser):
+    group = parser.add_argument_group("precision, memory and speed")
+    add = group.add_argument
+    add("--mixed_precision", choices=["no", "fp16", "bf16"],
+        help="Precision of the networks' arithmetic. If unset, what `accelerate config` says. Trained weights stay "
+             "float32. fp16 needs a GPU.")
+    add("--allow_tf32", action="store_true",
+        help="Let float32 matrix products on Ampere and later run as TF32.")
+    add("--cast_teacher_unet", action="store_true",
+        help="Hold the teacher's weights in the mixed precision too: half its memory.")
+    add("--gradient_checkpointing", action="store_true",
+        help="Recompute activations in the backward pass: less memory, more time.")
+    add("--enable_xformers_memory_efficient_attention", action="store_true",
+        help="Use xformers' attention on CUDA. PyTorch's own, the default, is usually as fast.")
+
+
+def add_validation_options(parser):
+    group = parser.add_argument_group("validation pictures")
+    add = group.add_argument
+    add("--validation_steps", type=integer(1), default=200, metavar="STEPS",
+        help="Draw pictures every so many optimizer steps, and at the end.")
+    add("--validation_prompts", nargs="+", default=VALIDATION_PROMPTS, metavar="PROMPT",
+        help="What to draw, one row each.")
+    add("--validation_num_inference_steps", nargs="+", type=integer(1), default=[4], metavar="STEPS",
+        help="With how many steps, one column each.")
+    add("--validation_guidance_scale", type=number(1), metavar="SCALE",
+        help="A pipeline's guidance_scale. If unset: 7.5, moved into [w_min + 1, w_max + 1].")
+
+
+def add_hub_options(parser):
+    group = parser.add_argument_group("Hugging Face Hub")
+    add = group.add_argument
+    add("--push_to_hub", action="store_true",
+        help="Upload what was trained, with a model card, at the end.")
+    add("--hub_model_id", metavar="NAME",
+        help="Repository to push to; the name of --output_dir if unset.")
+    add("--hub_token", metavar="TOKEN",
+        help="Access token. Better: `hf auth login`, or HF_TOKEN in the environment. Never logged or stored.")
+    add("--hub_private", action=argparse.BooleanOptionalAction, default=True,
+        help="Whether a repository that is made here is private.")
+
+
+def parse(parser, argv=None):
+    """Parse and check; on a wrong option print one line that begins with its name, and exit with status 2."""
+    args = parser.parse_args(argv)
+
+    def need(condition, option, message):
+        if not condition:
+            parser.error(f"{option}: {message}")
+
+    need(args.w_min <= args.w_max, "--w_min", f"{args.w_min:g} given; allowed: at most --w_max, {args.w_max:g}")
+    need(args.resolution % 8 == 0, "--resolution", f"{args.resolution} given; allowed: multiples of 8")
+    need(args.max_train_steps or args.max_train_samples, "--max_train_steps",
+         "not given; allowed: a number of steps, or --max_train_samples for the length of an epoch")
+    need((args.width_key is None) == (args.height_key is None), "--width_key",
+         "given without --height_key, or the reverse; allowed: both or neither")
+    need(not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes"), "--use_8bit_adam",
+         "the package bitsandbytes is not installed")
+    package = TRACKER_PACKAGES.get(args.report_to)
+    need(package is None or importlib.util.find_spec(package), "--report_to",
+         f"{args.report_to} given, but the package {package} is not installed")
+    need(not (args.report_to in ("wandb", "all") and args.hub_token), "--hub_token",
+         "W&B would record it with the command line; use `hf auth login` or HF_TOKEN instead")
+    need(not os.path.exists(args.output_dir) or os.path.isdir(args.output_dir), "--output_dir",
+         f"{args.output_dir!r} is a file; allowed: a folder, or a path where one can be made")
+    resume = args.resume_from_checkpoint
+    need(resume in (None, "latest") or find_checkpoint(args.output_dir, resume), "--resume_from_checkpoint",
+         f"{resume!r} is neither a folder in {args.output_dir!r} nor a path; allowed: latest, or a folder")
+    if args.local_rank != -1:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    return args
+
+
+def find_checkpoint(output_dir, name):
+    """The folder that a checkpoint's name or path stands for, None if there is none."""
+    return next((path for path in (os.path.join(output_dir, name), name) if os.path.isdir(path)), None)
+
+
+def public_options(args):
+    """The options as a dict that may be logged, stored and shown: without the access token."""
+    return {name: value for name, value in vars(args).items() if name != "hub_token"}
+
+
+def run(train, args):
+    """Call `train(args)`; a UserError becomes one line on standard error and exit status 1."""
+    # What the libraries say while they are imported (absent torchvision, absent kernels) concerns nothing here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        train(args)
+    except UserError as error:
+        print(f"{error}".replace("\n", " "), file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,349 @@
+"""The frame around a training loop: start-up, the frozen parts of the teacher, the optimizer, the log.
+
+Nothing here knows which script called it, or owns the loop over steps. Shapes: B samples, latents (B, C, h, w).
+"""
+
+import logging
+import os
+import secrets
+import sys
+import time
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from tqdm.auto import tqdm
+
+from lcm_checkpoint import stored_seed
+from lcm_options import UserError, public_options
+
+logger = logging.getLogger(__name__)
+
+
+# Start-up.
+
+
+def start(args):
+    """Make the Accelerator, the logs and the seed. Writes the seed, if one had to be drawn, into `args`.
+
+    Raises UserError if `accelerate` refuses the combination of options and hardware.
+    """
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"accelerate cannot start: {error}") from None
+    is_main = accelerator.is_main_process
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.INFO if is_main else logging.ERROR,
+        stream=sys.stderr,
+        force=True,
+    )
+    for noisy in ("httpx", "accelerate", "torch", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+
+    if args.seed is None:
+        args.seed = stored_seed(args)
+    if args.seed is None:
+        args.seed = broadcast_object_list([secrets.randbelow(2**31)])[0]
+        logger.info("--seed was not given; drew %d", args.seed)
+    set_seed(args.seed, device_specific=True)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        logger.warning(
+            "--gradient_accumulation_steps: %d given, but `accelerate config` says %d "
+            "(ACCELERATE_GRADIENT_ACCUMULATION_STEPS), which holds",
+            args.gradient_accumulation_steps,
+            accelerator.gradient_accumulation_steps,
+        )
+        args.gradient_accumulation_steps = accelerator.gradient_accumulation_steps
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        logger.warning("--mixed_precision: fp16 needs a GPU; on this CPU everything is computed in float32")
+    if is_main:
+        os.makedirs(args.output_dir, exist_ok=True)
+    accelerator.wait_for_everyone()
+    return accelerator
+
+
+def weight_dtype(accelerator):
+    """The dtype of frozen weights: that of the mixed precision, float32 without one or where a CPU cannot."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type != "cpu":
+        return torch.float16
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+
+
+def start_trackers(accelerator, args):
+    """Open the trackers and give them the options; lists and None become text, which all of them take."""
+    config = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in public_options(args).items()}
+    accelerator.init_trackers(args.tracker_project_name, config=config)
+
+
+def set_length(args, num_processes):
+    """Fill in `max_train_steps` from epochs, and return the optimizer steps of one epoch (None without epochs)."""
+    if args.max_train_samples is None:
+        return None
+    batches = -(-args.max_train_samples // (args.train_batch_size * num_processes))
+    steps_per_epoch = -(-batches // args.gradient_accumulation_steps)
+    args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    return steps_per_epoch
+
+
+# The frozen parts of the teacher.
+
+
+def load_part(loader, args, subfolder, path=None, **kwargs):
+    """`loader.from_pretrained` for one part of the teacher, or for the model at `path`.
+
+    Any failure becomes a UserError of one line: a wrong folder, a broken file, no network, no access.
+    """
+    source = path or args.pretrained_teacher_model
+    if path is None:
+        kwargs["revision"] = args.teacher_revision or args.revision
+    try:
+        return loader.from_pretrained(source, subfolder=subfolder, cache_dir=args.cache_dir, **kwargs)
+    except Exception as error:  # the libraries raise nearly anything for a broken folder
+        option = "--pretrained_vae_model_name_or_path" if path else "--pretrained_teacher_model"
+        where = f"{source!r}" + (f", part {subfolder!r}" if subfolder else "")
+        raise UserError(f"{option}: cannot load {where}: {str(error).strip().splitlines()[0]}") from error
+
+
+def load_noise_schedule(args):
+    """The teacher's scheduler as a DDPMScheduler, for its `alphas_cumprod` (T,) and its prediction type.
+
+    Raises UserError for a scheduler without betas (flow matching), for an unknown prediction type, and for epsilon
+    prediction with zero terminal SNR, where the network's output at the last timestep says nothing about x_0.
+    """
+    config = load_part(diffusers.DDPMScheduler, args, "scheduler").config
+    raw, _ = diffusers.DDPMScheduler.load_config(
+        args.pretrained_teacher_model,
+        subfolder="scheduler",
+        cache_dir=args.cache_dir,
+        revision=args.teacher_revision or args.revision,
+        return_unused_kwargs=True,
+    )
+    option = "--pretrained_teacher_model"
+    if "beta_schedule" not in raw:
+        raise UserError(f"{option}: its scheduler, {raw.get('_class_name')}, has no beta schedule to distil along")
+    if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise UserError(
+            f"{option}: its prediction type is {config.prediction_type!r}; allowed: epsilon, v_prediction, sample"
+        )
+    schedule = diffusers.DDPMScheduler.from_config(config)
+    if config.prediction_type == "epsilon" and schedule.alphas_cumprod[-1] < 1e-6:
+        raise UserError(
+            f"{option}: its schedule ends at zero signal (zero terminal SNR), where epsilon prediction determines no "
+            "x_0; allowed with it: v_prediction, sample"
+        )
+    if schedule.config.num_train_timesteps < args.num_ddim_timesteps:
+        raise UserError(
+            f"--num_ddim_timesteps: {args.num_ddim_timesteps} given; allowed: at most the schedule's "
+            f"{schedule.config.num_train_timesteps} timesteps"
+        )
+    return schedule
+
+
+def load_vae(args, accelerator):
+    """The VAE, frozen, in the precision of the frozen weights: the teacher's, or the one given in its place."""
+    path = args.pretrained_vae_model_name_or_path
+    subfolder = None if path else "vae"
+    vae = load_part(diffusers.AutoencoderKL, args, subfolder, path, torch_dtype=weight_dtype(accelerator))
+    return vae.requires_grad_(False).eval().to(accelerator.device)
+
+
+class PromptEncoder:
+    """Captions to U-Net keyword arguments, with the one CLIP text encoder of SD 1.x and 2.x."""
+
+    def __init__(self, args, accelerator):
+        self.tokenizer = load_part(transformers.CLIPTokenizer, args, "tokenizer")
+        text_encoder = load_part(transformers.CLIPTextModel, args, "text_encoder", dtype=weight_dtype(accelerator))
+        self.text_encoder = text_encoder.requires_grad_(False).eval().to(accelerator.device)
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        """`captions` is a list of B strings. Returns {"encoder_hidden_states": (B, tokens, D)}.
+
+        Longer captions are cut at the tokenizer's `model_max_length`, as `StableDiffusionPipeline.encode_prompt` does.
+        """
+        inputs = self.tokenizer(
+            captions,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.text_encoder.device)
+        uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
+        mask = inputs.attention_mask if uses_mask else None
+        return {"encoder_hidden_states": self.text_encoder(inputs.input_ids, attention_mask=mask)[0]}
+
+
+def repeat_conditioning(conditioning, batch_size):
+    """One sample's U-Net keyword arguments, for `batch_size` samples."""
+    return {name: value.expand(batch_size, *value.shape[1:]) for name, value in conditioning.items()}
+
+
+def join_conditioning(first, second):
+    """Two dicts of U-Net keyword arguments for B samples each, as one for 2B."""
+    return {name: torch.cat([first[name], second[name]]) for name in first}
+
+
+def encode_pixels(vae, pixels, batch_size, generator):
+    """z_0: a scaled sample of the VAE's posterior. `pixels` (B, 3, H, W) in [-1, 1]; returns (B, C, h, w) float32."""
+    latents = [
+        vae.encode(part.to(vae.dtype)).latent_dist.sample(generator).float() for part in pixels.split(batch_size)
+    ]
+    return torch.cat(latents) * vae.config.scaling_factor
+
+
+def step_generator(seed, rank, step, device):
+    """A generator that is a function of (seed, process, forward pass): a resumed run draws what the first would have.
+
+    Mixed by numpy's SeedSequence, so that neighbours are unrelated.
+    """
+    state = np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+
+
+# Optimization.
+
+
+def enable_memory_savers(args, accelerator, student, others):
+    """Gradient checkpointing for the student and, where it can be had, xformers' attention for all."""
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        if accelerator.device.type != "cuda" or not diffusers.utils.is_xformers_available():
+            logger.warning(
+                "--enable_xformers_memory_efficient_attention: needs xformers and CUDA; using PyTorch's own attention"
+            )
+        else:
+            for network in (student, *others):
+                network.enable_xformers_memory_efficient_attention()
+
+
+def make_optimizer(args, parameters, num_processes):
+    """AdamW, or bitsandbytes' 8-bit AdamW, at the effective learning rate, which is logged."""
+    rate = args.learning_rate
+    if args.scale_lr:
+        rate *= num_processes * args.gradient_accumulation_steps * args.train_batch_size
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer_class = bitsandbytes.optim.AdamW8bit
+    else:
+        optimizer_class = torch.optim.AdamW
+    logger.info("Optimizer: %s, learning rate %g, %s", optimizer_class.__name__, rate, args.lr_scheduler)
+    return optimizer_class(
+        parameters,
+        lr=rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def make_lr_scheduler(args, optimizer):
+    """The learning rate's course in optimizer steps. accelerate does not prepare it, and so does not multiply it."""
+    return diffusers.optimization.get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+
+
+# The log.
+
+
+def describe_run(args, accelerator, student, solver, data_config, steps_per_epoch):
+    """Log what the run is about to do."""
+    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    total = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    epochs = f", {args.max_train_steps / steps_per_epoch:.3g} epochs of {steps_per_epoch}" if steps_per_epoch else ""
+    guidance = f"w in [{args.w_min:g}, {args.w_max:g}], guidance_scale {args.w_min + 1:g} to {args.w_max + 1:g}"
+    for line in (
+        f"Teacher: {args.pretrained_teacher_model}; {trainable / 1e6:.2f} M trainable parameters",
+        f"Device: {accelerator.device}, {accelerator.num_processes} process(es), "
+        f"mixed precision {accelerator.mixed_precision}",
+        f"Batch: {args.train_batch_size} samples x {accelerator.num_processes} processes "
+        f"x {args.gradient_accumulation_steps} accumulated = {total} a step",
+        f"Length: {args.max_train_steps} steps = {args.max_train_steps * total} samples{epochs}",
+        f"Data: {len(data_config.shards)} shard(s), {data_config.num_streams} stream(s), {args.resolution} x "
+        f"{args.resolution} pixels, seed {args.seed}",
+        f"Distillation: {args.num_ddim_timesteps} DDIM steps, {guidance}, {args.loss_type} loss",
+    ):
+        logger.info(line)
+    if not solver.reaches_end:
+        logger.warning(
+            "--num_ddim_timesteps: %d does not divide the teacher's timesteps, so the grid ends early, at t = %d; "
+            "the saved scheduler samples on the same grid",
+            args.num_ddim_timesteps,
+            solver.timesteps[-1],
+        )
+
+
+class Progress:
+    """The progress bar, the trackers' scalars, and the check that the loss is a number."""
+
+    def __init__(self, accelerator, args, first_step):
+        self.accelerator = accelerator
+        self.samples_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+        self.bar = tqdm(
+            total=args.max_train_steps,
+            initial=first_step,
+            desc="Steps",
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
+        self.started = self.last = time.perf_counter()
+        self.losses = []
+
+    def add_loss(self, loss):
+        """Keep the loss of one forward pass, a scalar tensor, without waiting for it."""
+        self.losses.append(loss.detach())
+
+    def mean_loss(self, step):
+        """The loss of an optimizer step: mean over its forward passes and over processes; waits for the device.
+
+        Raises UserError, on all processes alike, if it is not finite; called before the optimizer steps.
+        """
+        loss = self.accelerator.reduce(torch.stack(self.losses).mean(), reduction="mean").item()
+        self.losses.clear()
+        if not np.isfinite(loss):
+            self.bar.close()
+            raise UserError(
+                f"the loss is {loss} at step {step}; training stops before the weights are touched, and the last "
+                "checkpoint is as it was. A lower --learning_rate, or bf16 in place of fp16, is the usual cure"
+            )
+        return loss
+
+    def step(self, step, loss, learning_rate):
+        """Show and log one finished optimizer step."""
+        now = time.perf_counter()
+        images_per_second = self.samples_per_step / (now - self.last)
+        self.last = now
+        self.bar.update(1)
+        self.bar.set_postfix_str(f"loss {loss:.4g}, lr {learning_rate:.3g}, {images_per_second:.3g} images/s")
+        scalars = {"loss": loss, "lr": learning_rate, "images_per_second": images_per_second}
+        self.accelerator.log(scalars, step=step)
+
+    def close(self):
+        """End the bar; returns the seconds since it began."""
+        self.bar.close()
+        return time.perf_counter() - self.started
