@@ -25,7 +25,7 @@ def lcm_scheduler(noise_schedule, args):
     )
 
 
-def usage_code(args, source, subfolder=None):
+def usage_code(args, teacher, source, subfolder=None):
     """Python that samples from the U-Net at `source`, a folder or repository of this run's."""
     low, high = args.w_min + 1, args.w_max + 1
     scale = min(max(7.5, low), high)
@@ -34,10 +34,10 @@ def usage_code(args, source, subfolder=None):
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 
-unet = UNet2DConditionModel.from_pretrained({unet}, torch_dtype=torch.float16)
+unet = UNet2DConditionModel.from_pretrained({unet}, dtype=torch.float16)
 scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
 pipeline = DiffusionPipeline.from_pretrained(
-    "{teacher_name(args)}", unet=unet, scheduler=scheduler, torch_dtype=torch.float16
+    "{teacher}", unet=unet, scheduler=scheduler, dtype=torch.float16
 ).to("cuda")
 
 # Trained for guidance scales from {low:g} to {high:g}.
@@ -52,8 +52,8 @@ def teacher_name(args):
     return os.path.basename(os.path.normpath(teacher)) if os.path.isdir(teacher) else teacher
 
 
-def model_card(args, source, subfolder, picture, steps):
-    """The model card: what this is, how to sample from it, how it was trained."""
+def model_card(args, code, picture, steps):
+    """The model card: what this is, how to sample from it (`code`), how it was trained."""
     is_local = os.path.isdir(args.pretrained_teacher_model)
     data = ModelCardData(
         base_model=None if is_local else args.pretrained_teacher_model,
@@ -89,7 +89,7 @@ This U-Net samples in 1 to 8 steps. It was distilled from {teacher_name(args)} w
 ## How to use it
 
 ```python
-{usage_code(args, source, subfolder)}```
+{code}```
 
 ## How it was trained
 
@@ -126,7 +126,8 @@ class Export:
             for name, part in {**self.networks, "scheduler": self.scheduler}.items():
                 with whole_folder(os.path.join(output_dir, name)) as folder:
                     part.save_pretrained(folder)
-            card = model_card(self.args, output_dir, self.pushed, f"validation/step-{steps:06d}.png", steps)
+            code = usage_code(self.args, self.args.pretrained_teacher_model, output_dir, self.pushed)
+            card = model_card(self.args, code, f"validation/step-{steps:06d}.png", steps)
             card.save(os.path.join(output_dir, "README.md"))
             print(
                 f"\nTrained {steps} steps in {seconds:.0f} s on {data.num_used} samples; "
@@ -134,7 +135,7 @@ class Export:
                 f"{', '.join(f'{output_dir}/{name}' for name in self.networks)}: the networks; use {self.pushed}\n"
                 f"{output_dir}/scheduler: the scheduler that fits them\n"
                 f"{output_dir}/validation: pictures; {output_dir}/{self.args.logging_dir}: logs\n\n"
-                f"{usage_code(self.args, output_dir, self.pushed)}"
+                f"{code}"
             )
             if self.args.push_to_hub:
                 self.push(steps)
@@ -153,7 +154,10 @@ class Export:
             copy.deepcopy(network).to("cpu", torch.float16).save_pretrained(folder, variant="fp16")
             self.scheduler.save_pretrained(os.path.join(folder, "scheduler"))
             shutil.copy(picture, os.path.join(folder, "validation.png"))
-            model_card(self.args, self.repo_id, None, "validation.png", steps).save(os.path.join(folder, "README.md"))
+            card = model_card(
+                self.args, usage_code(self.args, teacher_name(self.args), self.repo_id), "validation.png", steps
+            )
+            card.save(os.path.join(folder, "README.md"))
             try:
                 upload_folder(
                     repo_id=self.repo_id,

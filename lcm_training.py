@@ -161,7 +161,7 @@ def load_vae(args, accelerator):
     """The VAE, frozen, in the precision of the frozen weights: the teacher's, or the one given in its place."""
     path = args.pretrained_vae_model_name_or_path
     subfolder = None if path else "vae"
-    vae = load_part(diffusers.AutoencoderKL, args, subfolder, path, torch_dtype=weight_dtype(accelerator))
+    vae = load_part(diffusers.AutoencoderKL, args, subfolder, path, dtype=weight_dtype(accelerator))
     return vae.requires_grad_(False).eval().to(accelerator.device)
 
 

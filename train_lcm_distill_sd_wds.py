@@ -53,12 +53,13 @@ def load_models(args, accelerator):
     import lcm_training
     from lcm_options import UserError
 
-    teacher = lcm_training.load_part(UNet2DConditionModel, args, "unet", torch_dtype=torch.float32)
+    teacher = lcm_training.load_part(UNet2DConditionModel, args, "unet", dtype=torch.float32)
     if teacher.config.time_cond_proj_dim is not None:
         raise UserError(
             "--pretrained_teacher_model: its U-Net takes a guidance embedding, so it is a distilled model already; "
             "allowed: one that is sampled with classifier-free guidance"
         )
+    teacher.register_to_config(_name_or_path="")  # a local path would travel into every saved config.json
     student = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=args.unet_time_cond_proj_dim)
     student.load_state_dict(teacher.state_dict(), strict=False)
     torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)

@@ -1,0 +1,168 @@
+"""Tiny models and shards for the tests: made here, in a second, with random weights. Nothing comes from a hub."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+# One thread each: the models are tiny, and the order of float additions is then the same everywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO_TEACHER = ROOT / "demo" / "teacher"
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps device and precision for the life of a process; give every test its own."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+
+
+def make_teacher(folder, seed=0, unet_config=None, scheduler_config=None, vae_config=None):
+    """Write a Stable Diffusion pipeline of about 0.1 M random weights; 16x16 pictures have (4, 8, 8) latents."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    tokenizer = CLIPTokenizer.from_pretrained(DEMO_TEACHER / "tokenizer")
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = UNet2DConditionModel(
+        **{
+            "sample_size": 8,
+            "block_out_channels": (8, 16),
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "cross_attention_dim": 16,
+            "attention_head_dim": 2,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            **(unet_config or {}),
+        }
+    )
+    vae = AutoencoderKL(
+        **{
+            "block_out_channels": (8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "norm_num_groups": 4,
+            "latent_channels": 4,
+            "sample_size": 16,
+            **(vae_config or {}),
+        }
+    )
+    scheduler = DDIMScheduler(
+        **{
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+            **(scheduler_config or {}),
+        }
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A folder with a tiny epsilon-predicting teacher."""
+    return make_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def encode_image(array_or_image, suffix="png", **kwargs):
+    """A picture's bytes in the format of that suffix."""
+    image = array_or_image if isinstance(array_or_image, Image.Image) else Image.fromarray(array_or_image)
+    buffer = io.BytesIO()
+    image.save(buffer, {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}[suffix], **kwargs)
+    return buffer.getvalue()
+
+
+def write_tar(path, members):
+    """Write (name, bytes) pairs as a tar file."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def write_shards(folder, num_shards=3, samples_per_shard=10, size=(20, 24), seed=0, with_json=False):
+    """Write shards of random pictures, each captioned "picture <shard> <index>". Returns the brace pattern."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(num_shards):
+        members = []
+        for i in range(samples_per_shard):
+            key = f"{shard:03d}{i:05d}"
+            members.append((f"{key}.png", encode_image(rng.integers(0, 256, (*size, 3), dtype=np.uint8))))
+            members.append((f"{key}.txt", f"picture {shard} {i}".encode()))
+            if with_json:
+                members.append((f"{key}.json", json.dumps({"width": size[1], "height": size[0]}).encode()))
+        write_tar(folder / f"{shard:05d}.tar", members)
+    return f"{folder}/{{00000..{num_shards - 1:05d}}}.tar"
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """The pattern of three shards of ten random 24x20 pictures."""
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+def sd_options(teacher, shards, output_dir, *more):
+    """Options of the SD script for a run of four steps that takes a second or two; later ones override."""
+    return [
+        f"--pretrained_teacher_model={teacher}",
+        f"--train_shards_path_or_url={shards}",
+        f"--output_dir={output_dir}",
+        "--resolution=16",
+        "--train_batch_size=2",
+        "--max_train_steps=4",
+        "--learning_rate=1e-3",
+        "--shuffle_buffer_size=8",
+        "--unet_time_cond_proj_dim=16",
+        "--report_to=none",
+        "--validation_prompts=a red three",
+        "--validation_num_inference_steps=1",
+        "--seed=0",
+        *map(str, more),
+    ]

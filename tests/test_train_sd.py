@@ -1,0 +1,427 @@
+"""The Stable Diffusion script, run for real on tiny models: in process and by `accelerate launch`."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, sd_options
+from hub_server import HubServer, client_env
+from safetensors.torch import load_file
+
+import lcm_checkpoint
+import lcm_training
+from train_lcm_distill_sd_wds import load_models, main, parse_args
+
+SCRIPT = ROOT / "train_lcm_distill_sd_wds.py"
+
+
+def weights(folder, name="unet_target"):
+    return load_file(folder / name / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_weights(a, b):
+    """Bit for bit, student and target."""
+    for name in ("unet", "unet_target"):
+        left, right = weights(a, name), weights(b, name)
+        assert left.keys() == right.keys()
+        assert [key for key in left if not torch.equal(left[key], right[key])] == []
+
+
+def differ(a, b):
+    left, right = weights(a), weights(b)
+    return any(not torch.equal(left[key], right[key]) for key in left)
+
+
+def run_python(*arguments, env=None, check=True):
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+# What a run leaves behind.
+
+
+@pytest.fixture(scope="module")
+def finished(teacher, shards, tmp_path_factory):
+    """The output folder of one short run with every kind of output."""
+    folder = tmp_path_factory.mktemp("finished")
+    main(sd_options(teacher, shards, folder, "--checkpointing_steps=2", "--validation_steps=2", "--ema_decay=0.5"))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["unet", "unet_target"])
+def test_output_samples_in_the_stock_pipeline(finished, teacher, name):
+    from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+
+    unet, info = UNet2DConditionModel.from_pretrained(finished, subfolder=name, output_loading_info=True)
+    assert not any(info.values()), info
+    assert unet.dtype == torch.float32
+    scheduler = LCMScheduler.from_pretrained(finished, subfolder="scheduler")
+    pipeline = DiffusionPipeline.from_pretrained(teacher, unet=unet, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    for steps in (1, 2, 4):
+        image = pipeline("a red three", num_inference_steps=steps, guidance_scale=8.0, height=16, width=16).images[0]
+        assert image.size == (16, 16)
+
+
+def test_guidance_scale_reaches_the_student(finished, teacher):
+    from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(finished, subfolder="unet")
+    assert unet.time_embedding.cond_proj.weight.abs().max() > 0
+    pipeline = DiffusionPipeline.from_pretrained(teacher, unet=unet)
+    pipeline.scheduler = LCMScheduler.from_pretrained(finished, subfolder="scheduler")
+    pipeline.set_progress_bar_config(disable=True)
+
+    def latents(scale):
+        generator = torch.manual_seed(0)
+        return pipeline("x", 16, 16, 2, guidance_scale=scale, generator=generator, output_type="latent").images
+
+    assert not torch.equal(latents(6.0), latents(12.0))
+
+
+def test_saved_scheduler_carries_grid_and_scaling(teacher, shards, tmp_path):
+    from diffusers import LCMScheduler
+
+    main(sd_options(teacher, shards, tmp_path, "--num_ddim_timesteps=20", "--timestep_scaling_factor=7"))
+    scheduler = LCMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert scheduler.config.original_inference_steps == 20
+    assert scheduler.config.timestep_scaling == 7
+    assert scheduler.config.beta_schedule == "scaled_linear"
+    scheduler.set_timesteps(20)
+    assert scheduler.timesteps.tolist() == [50 * i - 1 for i in range(20, 0, -1)]
+
+
+def test_ema_lags_behind_the_student(finished):
+    assert any(not torch.equal(weights(finished, "unet")[k], v) for k, v in weights(finished, "unet_target").items())
+
+
+def test_files_of_a_run(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"unet", "unet_target", "scheduler", "validation", "README.md", "checkpoint-2", "checkpoint-4"}
+    assert {path.name for path in (finished / "validation").iterdir()} == {"step-000002.png", "step-000004.png"}
+    card = (finished / "README.md").read_text()
+    assert "from_pretrained" in card and "LCMScheduler" in card
+
+
+def test_closing_lines_can_be_run(teacher, shards, tmp_path, capsys):
+    main(sd_options(teacher, shards, tmp_path))
+    printed = capsys.readouterr().out
+    assert "Trained 4 steps" in printed and "skipped: none" in printed
+    code = printed[printed.index("import torch") :]
+    code = code.replace('.to("cuda")', "").replace("float16", "float32")
+    code = code.replace("num_inference_steps=4", "num_inference_steps=1, height=16, width=16")
+    scope = {}
+    exec(code, scope)
+    assert scope["image"].size == (16, 16)
+
+
+# The networks.
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_student_equals_teacher_at_step_zero(teacher, shards, tmp_path, cast):
+    more = ["--mixed_precision=bf16", "--cast_teacher_unet"] if cast else []
+    args = parse_args(sd_options(teacher, shards, tmp_path, *more))
+    teacher_unet, student, target = load_models(args, lcm_training.start(args))
+    assert teacher_unet.dtype == (torch.bfloat16 if cast else torch.float32)
+    z, t = torch.randn(2, 4, 8, 8), torch.tensor([19, 999])
+    hidden = torch.randn(2, 16, 16)
+    teacher_unet.float()
+    for network in (student, target):
+        assert network.dtype == torch.float32
+        output = network(z, t, hidden, timestep_cond=torch.randn(2, 16)).sample
+        if not cast:
+            assert torch.equal(output, teacher_unet(z, t, hidden).sample)
+    assert student.training and not target.training and not teacher_unet.training
+    assert not any(p.requires_grad for network in (teacher_unet, target) for p in network.parameters())
+
+
+def test_first_loss_is_that_of_the_formulas(teacher, shards, tmp_path, monkeypatch):
+    """The first loss of a run equals Algorithm 1 written out with diffusers' own classes."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    import lcm_data
+
+    batches, losses = [], []
+    unwrapped = lcm_data.TrainingData.__iter__
+
+    def recording(self):
+        for batch in unwrapped(self):
+            batches.append(batch)
+            yield batch
+
+    monkeypatch.setattr(lcm_data.TrainingData, "__iter__", recording)
+    monkeypatch.setattr(lcm_training.Progress, "step", lambda self, step, loss, lr: losses.append(loss))
+    main(sd_options(teacher, shards, tmp_path, "--max_train_steps=1", "--validation_steps=9"))
+
+    pipeline = StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32)
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    scheduler.set_timesteps(50)
+    generator = lcm_training.step_generator(0, 0, 0, "cpu")
+    with torch.no_grad():
+        z_0 = pipeline.vae.encode(batches[0]["pixels"]).latent_dist.sample(generator)
+        z_0 = z_0 * pipeline.vae.config.scaling_factor
+        n = torch.randint(50, (2,), generator=generator)
+        w = 5 + 10 * torch.rand(2, generator=generator)
+        noise = torch.randn(z_0.shape, generator=generator)
+        cond, uncond = pipeline.encode_prompt(batches[0]["captions"], "cpu", 1, True)
+        total = 0
+        for i in range(2):
+            t = 20 * (int(n[i]) + 1) - 1
+            previous = max(t - 20, 0)
+            z = scheduler.add_noise(z_0[i : i + 1], noise[i : i + 1], torch.tensor([t]))
+
+            def predict(z, t, hidden):
+                return pipeline.unet(z, t, hidden).sample
+
+            def consistent(output, z, t):
+                alpha = scheduler.alphas_cumprod[t]
+                x_0 = (z - (1 - alpha).sqrt() * output) / alpha.sqrt()
+                c_skip = 0.25 / ((10 * t) ** 2 + 0.25)
+                return c_skip * z + 10 * t / ((10 * t) ** 2 + 0.25) ** 0.5 * x_0
+
+            guided = pipeline.unet(z, t, cond[i : i + 1]).sample * (1 + w[i]) - w[i] * predict(z, t, uncond[i : i + 1])
+            alpha, alpha_previous = scheduler.alphas_cumprod[t], scheduler.alphas_cumprod[previous]
+            x_0 = (z - (1 - alpha).sqrt() * guided) / alpha.sqrt()
+            z_n = alpha_previous.sqrt() * x_0 + (1 - alpha_previous).sqrt() * guided
+            f_student = consistent(predict(z, t, cond[i : i + 1]), z, t)
+            f_target = consistent(predict(z_n, previous, cond[i : i + 1]), z_n, previous)
+            total += (f_student - f_target).square().mean() / 2
+    assert losses[0] == pytest.approx(total.item(), rel=1e-4)
+
+
+# The same run again, and a run that is killed.
+
+
+def test_same_seed_same_weights_with_two_workers(teacher, shards, tmp_path):
+    more = ["--dataloader_num_workers=2", "--random_flip"]
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        main(sd_options(teacher, shards, tmp_path / name, *more, f"--seed={seed}"))
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    assert differ(tmp_path / "a", tmp_path / "c")
+
+
+KILLED_AT = """
+import os, signal, sys
+import lcm_training
+from train_lcm_distill_sd_wds import main
+
+step = lcm_training.Progress.step
+
+def step_or_die(self, number, loss, rate):
+    if number == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self, number, loss, rate)
+
+lcm_training.Progress.step = step_or_die
+main(sys.argv[2:])
+"""
+
+UNBROKEN = [
+    "--max_train_steps=9",
+    "--checkpointing_steps=2",
+    "--gradient_accumulation_steps=2",
+    "--dataloader_num_workers=2",
+    "--random_flip",
+    "--proportion_empty_prompts=0.3",
+    "--lr_scheduler=cosine",
+    "--lr_warmup_steps=2",
+    "--resume_from_checkpoint=latest",
+]
+
+
+@pytest.fixture(scope="module")
+def unbroken(teacher, shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    main(sd_options(teacher, shards, folder, *UNBROKEN))
+    return folder
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_killed_and_resumed_equals_unbroken(teacher, shards, tmp_path, unbroken, step):
+    """SIGKILL between two checkpoints, inside a shard, then the same command again."""
+    options = sd_options(teacher, shards, tmp_path, *UNBROKEN)
+    killed = run_python("-c", KILLED_AT, step, *options, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "unet").exists()
+    expected = ["checkpoint-2", "checkpoint-4"] if step == 5 else []
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == expected
+    run_python(SCRIPT, *options)
+    assert_same_weights(tmp_path, unbroken)
+
+
+def test_resume_restores_the_tally_and_the_seed(teacher, shards, tmp_path):
+    """Without --seed one is drawn and stored; the resumed run takes it from there."""
+    options = [o for o in sd_options(teacher, shards, tmp_path, "--checkpointing_steps=2") if "--seed" not in o]
+    main([*options, "--max_train_steps=2"])
+    main([*options, "--resume_from_checkpoint=latest"])
+    states = [json.loads((tmp_path / f"checkpoint-{n}" / "training_state.json").read_text()) for n in (2, 4)]
+    assert states[0]["options"]["seed"] == states[1]["options"]["seed"] is not None
+    assert [state["data"][0]["num_used"] for state in states] == [4, 8]
+
+
+def test_validation_does_not_disturb_the_run(teacher, shards, tmp_path):
+    main(sd_options(teacher, shards, tmp_path / "often", "--validation_steps=1"))
+    main(sd_options(teacher, shards, tmp_path / "never", "--validation_steps=100"))
+    assert_same_weights(tmp_path / "often", tmp_path / "never")
+
+
+# Checkpoints.
+
+
+def test_unfinished_checkpoint_is_never_taken(teacher, shards, tmp_path):
+    main(sd_options(teacher, shards, tmp_path, "--checkpointing_steps=2", "--max_train_steps=2"))
+    (tmp_path / "checkpoint-9.partial").mkdir()
+    (tmp_path / "checkpoint-8").mkdir()  # as the public scripts leave it when they are killed
+    main(sd_options(teacher, shards, tmp_path, "--checkpointing_steps=2", "--resume_from_checkpoint=latest"))
+    assert not (tmp_path / "checkpoint-9.partial").exists()
+    assert (tmp_path / "checkpoint-4").exists()
+
+
+def test_old_checkpoints_survive_a_failed_save(teacher, shards, tmp_path, monkeypatch, capsys):
+    """The disk fills up while the second checkpoint is written: the first stays, one line says so."""
+    publish = lcm_checkpoint.publish_folder
+
+    def full_disk(partial, path):
+        if path.endswith("checkpoint-4"):
+            raise OSError(28, "No space left on device")
+        publish(partial, path)
+
+    monkeypatch.setattr(lcm_checkpoint, "publish_folder", full_disk)
+    with pytest.raises(SystemExit) as exit_info:
+        main(sd_options(teacher, shards, tmp_path, "--checkpointing_steps=2", "--checkpoints_total_limit=1"))
+    assert exit_info.value.code == 1
+    assert "No space left" in capsys.readouterr().err
+    assert lcm_checkpoint.list_checkpoints(tmp_path) == [str(tmp_path / "checkpoint-2")]
+
+
+def test_checkpoints_load_in_diffusers(finished):
+    from diffusers import UNet2DConditionModel
+
+    for name in ("unet", "unet_target"):
+        UNet2DConditionModel.from_pretrained(finished / "checkpoint-4", subfolder=name)
+
+
+@pytest.mark.parametrize("option", ["--w_max=9", "--num_ddim_timesteps=25", "--ema_decay=0.9", "--seed=5"])
+def test_resume_refuses_another_run(finished, teacher, shards, capsys, option):
+    folder = finished / "checkpoint-4"
+    options = sd_options(teacher, shards, finished, "--ema_decay=0.5", f"--resume_from_checkpoint={folder}", option)
+    with pytest.raises(SystemExit) as exit_info:
+        main(options)
+    assert exit_info.value.code == 1
+    assert option.split("=")[0] + ":" in capsys.readouterr().err
+
+
+def test_loss_that_is_not_a_number_stops_before_the_step(teacher, shards, tmp_path, monkeypatch, capsys):
+    import lcm_common
+
+    consistency_loss, calls = lcm_common.consistency_loss, []
+
+    def breaking(*args):
+        calls.append(1)
+        return consistency_loss(*args) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(lcm_common, "consistency_loss", breaking)
+    with pytest.raises(SystemExit) as exit_info:
+        main(sd_options(teacher, shards, tmp_path, "--checkpointing_steps=1", "--max_train_steps=6"))
+    assert exit_info.value.code == 1
+    error = capsys.readouterr().err
+    assert "the loss is nan at step 4" in error
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
+    assert not (tmp_path / "unet").exists()
+
+
+# As users start it.
+
+
+def test_accelerate_launch(teacher, shards, tmp_path):
+    """The same weights as the run in process, with a TensorBoard log and pictures."""
+    options = sd_options(teacher, shards, tmp_path / "launched", "--report_to=tensorboard")
+    launch = ["-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no",
+              "--dynamo_backend=no", "--cpu"]  # fmt: skip
+    done = run_python(*launch, SCRIPT, *options)
+    assert "trainable parameters" in done.stderr and "loss" in done.stderr
+    main(sd_options(teacher, shards, tmp_path / "in_process"))
+    assert_same_weights(tmp_path / "launched", tmp_path / "in_process")
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = next((tmp_path / "launched" / "logs" / "text2image-fine-tune").glob("events*"))
+    log = EventAccumulator(str(events)).Reload()
+    assert [event.step for event in log.Scalars("loss")] == [1, 2, 3, 4]
+    assert [event.step for event in log.Images("validation")] == [4]
+
+
+GUIDE_SNIPPET = """
+import sys
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+
+repo, teacher = sys.argv[1:]
+unet = UNet2DConditionModel.from_pretrained(repo, torch_dtype=torch.float16, variant="fp16")
+assert unet.dtype == torch.float16 and unet.config.time_cond_proj_dim
+pipeline = DiffusionPipeline.from_pretrained(teacher, unet=unet.float())
+pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+image = pipeline("sushi", num_inference_steps=4, guidance_scale=1.0, height=16, width=16).images[0]
+scheduler = LCMScheduler.from_pretrained(repo, subfolder="scheduler")
+assert scheduler.config.original_inference_steps == 50
+"""
+
+
+def test_command_of_the_diffusers_guide(teacher, shards, tmp_path):
+    """The guide's command with model, shards, tracker, steps and resolution replaced; then the guide's snippet."""
+    options = f"""
+    --pretrained_teacher_model={teacher} --output_dir={tmp_path}/saved-model --mixed_precision=fp16 --resolution=16
+    --learning_rate=1e-6 --loss_type=huber --ema_decay=0.95 --adam_weight_decay=0.0 --max_train_steps=4
+    --max_train_samples=4000000 --dataloader_num_workers=2 --validation_steps=2 --checkpointing_steps=2
+    --checkpoints_total_limit=10 --train_batch_size=4 --gradient_checkpointing
+    --enable_xformers_memory_efficient_attention --gradient_accumulation_steps=1 --use_8bit_adam
+    --resume_from_checkpoint=latest --report_to=tensorboard --seed=453645634 --push_to_hub
+    """.split()
+    options.append(f"--train_shards_path_or_url=pipe:cat {shards}")
+    with HubServer() as server:
+        env = client_env(server, tmp_path / "home")
+        run_python("-m", "accelerate.commands.launch", "--cpu", SCRIPT, *options, env=env)
+        pushed = server.files("tester/saved-model")
+        assert {".gitattributes", "README.md", "config.json", "diffusion_pytorch_model.safetensors",
+                "diffusion_pytorch_model.fp16.safetensors", "scheduler/scheduler_config.json",
+                "validation.png"} == set(pushed)  # fmt: skip
+        assert server.private("tester/saved-model")
+        card = pushed["README.md"].decode()
+        assert 'from_pretrained("tester/saved-model", variant="fp16"' in card
+        for text in (str(tmp_path), str(teacher), server.token):
+            assert text not in card and text.encode() not in pushed["config.json"]
+        env.pop("HF_HUB_OFFLINE", None)
+        run_python("-c", GUIDE_SNIPPET, "tester/saved-model", teacher, env=env)
+    output = tmp_path / "saved-model"
+    assert {"unet", "unet_target", "scheduler", "checkpoint-2", "checkpoint-4"} <= {p.name for p in output.iterdir()}
+
+
+def test_interrupted_upload_loses_nothing(teacher, shards, tmp_path):
+    with HubServer() as server:
+        env = client_env(server, tmp_path / "home")
+        server.fail_next(1, path_contains="/commit/")
+        more = ["--push_to_hub", "--hub_model_id=mine", "--no-hub_private"]
+        options = sd_options(teacher, shards, tmp_path / "out", *more)
+        done = run_python(SCRIPT, *options, env=env, check=False)
+        assert done.returncode == 1
+        assert "--push_to_hub: the upload failed" in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+        assert not server.private("tester/mine")
+        assert weights(tmp_path / "out")
+
+
+def test_wrong_token_shows_before_training(teacher, shards, tmp_path):
+    with HubServer() as server:
+        env = {**client_env(server, tmp_path / "home"), "HF_TOKEN": "hf_wrong"}
+        options = sd_options(teacher, shards, tmp_path / "out", "--push_to_hub")
+        done = run_python(SCRIPT, *options, env=env, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("--push_to_hub: cannot make the repository 'out'")
+    assert "Steps" not in done.stderr
