@@ -15,6 +15,11 @@ from PIL import Image, ImageDraw, ImageFont
 logger = logging.getLogger(__name__)
 
 
+def wrap(text, width):
+    """`text` as lines of at most `width` characters; its own line breaks are kept."""
+    return [line for paragraph in text.split("\n") for line in textwrap.wrap(paragraph, width)]
+
+
 def picture_grid(rows, row_labels, column_labels, cell_size=None, group_gap=()):
     """A labelled grid as one picture: `rows` is a list of lists of PIL pictures of one size.
 
@@ -25,8 +30,8 @@ def picture_grid(rows, row_labels, column_labels, cell_size=None, group_gap=()):
     font = ImageFont.load_default(size=max(11, min(18, side // 7)))
     line = int(font.size * 1.3)
     label_width = min(320, max(140, side))
-    row_texts = [textwrap.wrap(text, max(8, int(label_width / (font.size * 0.55)))) for text in row_labels]
-    column_texts = [textwrap.wrap(text, max(5, int(side / (font.size * 0.52)))) for text in column_labels]
+    row_texts = [wrap(text, max(8, int(label_width / (font.size * 0.55)))) for text in row_labels]
+    column_texts = [wrap(text, max(5, int(side / (font.size * 0.52)))) for text in column_labels]
     gap, pad = max(4, side // 24), 12
     top = pad + line * max(len(text) for text in column_texts) + 4
     lefts = [pad + label_width + i * (side + gap) + 3 * gap * sum(g <= i for g in group_gap)
@@ -79,7 +84,7 @@ class Validation:
                         generator=generator,
                     ).images
             network.train(was_training)
-        return rows, [f"{name}, {steps} step{'s' * (steps > 1)}" for name, steps in columns]
+        return rows, [f"{name}\n{steps} step{'s' * (steps > 1)}" for name, steps in columns]
 
     def run(self, step, networks):
         """Draw with `networks` (label -> U-Net), write `validation/step-NNNNNN.png`, and tell every tracker.
