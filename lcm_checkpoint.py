@@ -14,7 +14,7 @@ import shutil
 
 from accelerate.utils import gather_object
 
-from lcm_options import UserError, find_checkpoint, public_options
+from lcm_options import UserError, find_checkpoint, first_line, public_options
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,8 @@ class Checkpoints:
                     json.dump(state, file, indent=2)
                 publish_folder(folder + PARTIAL, folder)
                 limit = self.args.checkpoints_total_limit
-                for old in list_checkpoints(self.args.output_dir)[: -limit if limit else 0]:
+                others = [path for path in list_checkpoints(self.args.output_dir) if path != folder]
+                for old in others[: max(0, len(others) + 1 - limit)] if limit else []:
                     remove_folder(old)
         except OSError as error:
             raise UserError(f"--output_dir: cannot write {folder!r}: {error}; earlier ones are intact") from error
@@ -205,8 +206,7 @@ class Checkpoints:
         try:
             self.accelerator.load_state(folder)
         except Exception as error:  # a damaged file makes the libraries raise nearly anything
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"--resume_from_checkpoint: cannot load {folder!r}: {reason}") from error
+            raise UserError(f"--resume_from_checkpoint: cannot load {folder!r}: {first_line(error)}") from error
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.data.load_state_dict(state["data"][self.accelerator.process_index])
         logger.info("Going on from %s", folder)

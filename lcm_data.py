@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 import braceexpand
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from PIL import Image, ImageOps
 from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
@@ -120,6 +121,7 @@ class Item:
     stream: int  # of this process
     position: Position
     empty_passes: int  # reported since `position`
+    empty_share: list  # where `batch` is None: what was gone through, as `shard_order` gives it
     batch: dict | None
     num_usable: int
     problems: list = field(default_factory=list)
@@ -154,12 +156,14 @@ def expand_shards(patterns):
 def shard_order(config, stream, pass_index):
     """This stream's share of one pass, as a list of (shard, part, num_parts).
 
-    All streams shuffle alike, seeded by the pass, and deal the shards out among themselves. With fewer shards than
-    streams several streams open the same shard and each takes every `num_parts`-th sample of it.
+    All streams shuffle alike and deal the shards out among themselves. With fewer shards than streams several streams
+    open the same shard and each takes every `num_parts`-th sample of it. The deal moves on with each pass, so that in
+    `num_processes` passes with one order, every process sees every shard.
     """
-    order = np.random.default_rng((config.seed, pass_index)).permutation(len(config.shards))
+    round_index, turn = divmod(pass_index, config.num_processes)
+    order = np.random.default_rng((config.seed, round_index)).permutation(len(config.shards))
     shards = [config.shards[i] for i in order]
-    slot = (stream + pass_index) % config.num_streams
+    slot = (stream + turn * config.streams_per_process) % config.num_streams
     if len(shards) >= config.num_streams:
         return [(shard, 0, 1) for shard in shards[slot :: config.num_streams]]
     sharing = range(slot % len(shards), config.num_streams, len(shards))
@@ -386,7 +390,8 @@ class Stream:
                 if not usable_in_pass:
                     empty_passes += 1
                     if empty_passes > self.reported:
-                        yield Item(self.index, batch_end, empty_passes, None, num_usable, problems)
+                        share = shard_order(self.config, self.id, position.pass_index - 1)
+                        yield Item(self.index, batch_end, empty_passes, share, None, num_usable, problems)
                     problems, num_usable = [], 0
                 usable_in_pass = False
                 continue
@@ -402,7 +407,7 @@ class Stream:
                 problems.append(Problem(reason, f"{sample['__url__']}: {sample['__key__']}: {detail}"))
             if len(rows) == self.config.batch_size:
                 batch_end, empty_passes, self.reported = position, 0, 0
-                yield Item(self.index, batch_end, 0, collate(rows), num_usable, problems)
+                yield Item(self.index, batch_end, 0, [], collate(rows), num_usable, problems)
                 rows, problems, num_usable = [], [], 0
 
 
@@ -416,6 +421,11 @@ class Streams(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         index = ((worker.id if worker else 0) + self.first) % self.config.streams_per_process
         return iter(Stream(self.config, index, self.positions[index], self.empty_passes[index]))
+
+
+def describe(skipped):
+    """A Counter of skips in one line, the most frequent reason first."""
+    return ", ".join(f"{count} x {reason}" for reason, count in skipped.most_common()) or "none"
 
 
 class TrainingData:
@@ -437,7 +447,7 @@ class TrainingData:
     def state_dict(self):
         return {
             "positions": [asdict(position) for position in self.positions],
-            "empty_passes": self.empty_passes,
+            "empty_passes": list(self.empty_passes),
             "next_stream": self.next_stream,
             "num_used": self.num_used,
             "skipped": dict(self.skipped),
@@ -456,9 +466,10 @@ class TrainingData:
         self.num_used = state["num_used"]
         self.skipped = Counter(state["skipped"])
 
-    def describe_skipped(self):
-        """The tally in one line, the most frequent reason first."""
-        return ", ".join(f"{count} x {reason}" for reason, count in self.skipped.most_common()) or "none"
+    def totals(self):
+        """(samples used, Counter of skips by reason) over all processes, which all must call this."""
+        states = gather_object([(self.num_used, dict(self.skipped))])
+        return sum(used for used, _ in states), sum((Counter(skipped) for _, skipped in states), Counter())
 
     def note_problems(self, problems):
         """Count what was skipped, and log the first of each kind in full."""
@@ -475,8 +486,8 @@ class TrainingData:
             pin_memory=torch.device(self.device).type == "cuda",
             generator=torch.Generator(),  # the loader's own draw must not move the global generator
         )
-        # A process sees 1/num_processes of the shards in a pass, so it takes that many empty ones to call it a day.
-        empty_since = Counter()
+        everything = {share for s in range(self.config.num_streams) for share in shard_order(self.config, s, 0)}
+        without_use = set()
         for item in loader:
             self.positions[item.stream] = item.position
             self.empty_passes[item.stream] = item.empty_passes
@@ -484,13 +495,13 @@ class TrainingData:
             self.num_used += item.num_usable
             self.note_problems(item.problems)
             if item.num_usable:
-                empty_since.clear()
+                without_use.clear()
             if item.batch is None:
-                empty_since[item.stream] += 1
-                if all(empty_since[s] >= self.config.num_processes for s in range(self.config.streams_per_process)):
+                without_use.update(item.empty_share)
+                if without_use == everything:
                     raise UserError(
                         "--train_shards_path_or_url: a whole pass over the shards gave no usable sample. "
-                        f"Skipped: {self.describe_skipped()}. A sample needs a picture "
+                        f"Skipped: {describe(self.skipped)}. A sample needs a picture "
                         f"({', '.join(IMAGE_SUFFIXES)}) and a caption ({', '.join(CAPTION_SUFFIXES)}, or "
                         "--caption_key in its JSON), and must pass the filters"
                     )

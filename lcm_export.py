@@ -1,6 +1,7 @@
 """What a finished run leaves behind: networks, the matching scheduler, a model card, and all of it on the Hub."""
 
 import copy
+import json
 import logging
 import os
 import shutil
@@ -10,8 +11,9 @@ import torch
 from diffusers import LCMScheduler
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
+import lcm_data
 from lcm_checkpoint import whole_folder
-from lcm_options import UserError
+from lcm_options import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +43,8 @@ pipeline = DiffusionPipeline.from_pretrained(
 ).to("cuda")
 
 # Trained for guidance scales from {low:g} to {high:g}.
-prompt = "{args.validation_prompts[0]}"
-image = pipeline(prompt, num_inference_steps=4, guidance_scale={scale:g}).images[0]
+prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
+image = pipeline(prompt, num_inference_steps={min(4, args.num_ddim_timesteps)}, guidance_scale={scale:g}).images[0]
 """
 
 
@@ -116,11 +118,13 @@ class Export:
             try:
                 self.repo_id = create_repo(name, exist_ok=True, private=args.hub_private, token=args.hub_token).repo_id
             except Exception as error:
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(f"--push_to_hub: cannot make the repository {name!r}: {reason}") from error
+                raise UserError(
+                    f"--push_to_hub: cannot make the repository {name!r}: {first_line(error)}"
+                ) from error
 
     def finish(self, steps, seconds, data):
         """Write the networks, the scheduler and the card to `output_dir`, push, and say where everything is."""
+        num_used, skipped = data.totals()
         if self.accelerator.is_main_process:
             output_dir = self.args.output_dir
             for name, part in {**self.networks, "scheduler": self.scheduler}.items():
@@ -130,8 +134,8 @@ class Export:
             card = model_card(self.args, code, f"validation/step-{steps:06d}.png", steps)
             card.save(os.path.join(output_dir, "README.md"))
             print(
-                f"\nTrained {steps} steps in {seconds:.0f} s on {data.num_used} samples; "
-                f"skipped: {data.describe_skipped()}.\n"
+                f"\nTrained to step {steps}, {seconds:.0f} s in this session; {num_used} samples used, "
+                f"skipped: {lcm_data.describe(skipped)}.\n"
                 f"{', '.join(f'{output_dir}/{name}' for name in self.networks)}: the networks; use {self.pushed}\n"
                 f"{output_dir}/scheduler: the scheduler that fits them\n"
                 f"{output_dir}/validation: pictures; {output_dir}/{self.args.logging_dir}: logs\n\n"
@@ -166,8 +170,6 @@ class Export:
                     token=self.args.hub_token,
                 )
             except Exception as error:
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(
-                    f"--push_to_hub: the upload failed ({reason}); everything is in {self.args.output_dir!r}"
-                ) from error
+                reason = f"the upload failed ({first_line(error)}); everything is in {self.args.output_dir!r}"
+                raise UserError(f"--push_to_hub: {reason}") from error
         print(f"Pushed to {self.repo_id}")

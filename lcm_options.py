@@ -32,6 +32,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         message = re.sub(r"^argument (--\w+)(/[^:]+)?: ", r"\1: ", message)
         message = re.sub(r"^the following arguments are required: (.+)$", r"\1: required, but not given", message)
+        message = re.sub(r"^(--\w+): ignored explicit argument (.+)$", r"\1: \2 given; allowed: no value", message)
+        ambiguous = re.match(r"^ambiguous option: ([^\s=]+)\S* could match (.+)$", message)
+        if ambiguous:  # without the value, which may be a token
+            message = f"{ambiguous[1]}: ambiguous; allowed: {ambiguous[2]}"
         unknown = re.match(r"^unrecognized arguments: (\S+)", message)
         if unknown:
             name = unknown[1].split("=")[0]
@@ -107,7 +111,7 @@ def add_output_options(parser):
     add = group.add_argument
     add("--output_dir", default="lcm-xl-distilled", metavar="FOLDER",
         help="Where networks, checkpoints, pictures and logs are written.")
-    add("--seed", type=integer(0),
+    add("--seed", type=integer(0, 2**32 - 1),
         help="Decides data order, noise, timesteps and guidance. Drawn, logged and stored if not given.")
     add("--logging_dir", default="logs", metavar="FOLDER",
         help="Folder of the trackers' files, inside --output_dir.")
@@ -281,17 +285,25 @@ def parse(parser, argv=None):
     need(args.resolution % 8 == 0, "--resolution", f"{args.resolution} given; allowed: multiples of 8")
     need(args.max_train_steps or args.max_train_samples, "--max_train_steps",
          "not given; allowed: a number of steps, or --max_train_samples for the length of an epoch")
-    need((args.width_key is None) == (args.height_key is None), "--width_key",
-         "given without --height_key, or the reverse; allowed: both or neither")
+    for name, other in (("width_key", "height_key"), ("height_key", "width_key")):
+        value = getattr(args, name)
+        need(value is None or getattr(args, other) is not None, f"--{name}",
+             f"{value!r} given without --{other}; allowed: both or neither")
+    most = max(args.validation_num_inference_steps)
+    need(most <= args.num_ddim_timesteps, "--validation_num_inference_steps",
+         f"{most} given; allowed: at most --num_ddim_timesteps, {args.num_ddim_timesteps}")
     need(not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes"), "--use_8bit_adam",
          "the package bitsandbytes is not installed")
     package = TRACKER_PACKAGES.get(args.report_to)
     need(package is None or importlib.util.find_spec(package), "--report_to",
          f"{args.report_to} given, but the package {package} is not installed")
-    need(not (args.report_to in ("wandb", "all") and args.hub_token), "--hub_token",
-         "W&B would record it with the command line; use `hf auth login` or HF_TOKEN instead")
-    need(not os.path.exists(args.output_dir) or os.path.isdir(args.output_dir), "--output_dir",
-         f"{args.output_dir!r} is a file; allowed: a folder, or a path where one can be made")
+    need(not (args.report_to in ("wandb", "comet_ml", "all") and args.hub_token), "--hub_token",
+         "the tracker would record it with the command line; use `hf auth login` or HF_TOKEN instead")
+    existing = os.path.abspath(args.output_dir)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    need(os.path.isdir(existing), "--output_dir",
+         f"{args.output_dir!r} given, but {existing!r} is a file; allowed: a folder, or a path where one can be made")
     resume = args.resume_from_checkpoint
     need(resume in (None, "latest") or find_checkpoint(args.output_dir, resume), "--resume_from_checkpoint",
          f"{resume!r} is neither a folder in {args.output_dir!r} nor a path; allowed: latest, or a folder")
@@ -302,7 +314,12 @@ def parse(parser, argv=None):
 
 def find_checkpoint(output_dir, name):
     """The folder that a checkpoint's name or path stands for, None if there is none."""
-    return next((path for path in (os.path.join(output_dir, name), name) if os.path.isdir(path)), None)
+    return next((path for path in (os.path.join(output_dir, name), name) if name and os.path.isdir(path)), None)
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def public_options(args):

@@ -18,7 +18,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_se
 from tqdm.auto import tqdm
 
 from lcm_checkpoint import stored_seed
-from lcm_options import UserError, public_options
+from lcm_options import UserError, first_line, public_options
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def start(args):
     if args.seed is None:
         args.seed = broadcast_object_list([secrets.randbelow(2**31)])[0]
         logger.info("--seed was not given; drew %d", args.seed)
-    set_seed(args.seed, device_specific=True)
+    set_seed((args.seed + accelerator.process_index) % 2**32)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -72,6 +72,7 @@ def start(args):
             accelerator.gradient_accumulation_steps,
         )
         args.gradient_accumulation_steps = accelerator.gradient_accumulation_steps
+    args.mixed_precision = accelerator.mixed_precision  # what holds, for the card, the checkpoints and a resume
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         logger.warning("--mixed_precision: fp16 needs a GPU; on this CPU everything is computed in float32")
     if is_main:
@@ -90,7 +91,10 @@ def weight_dtype(accelerator):
 def start_trackers(accelerator, args):
     """Open the trackers and give them the options; lists and None become text, which all of them take."""
     config = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in public_options(args).items()}
-    accelerator.init_trackers(args.tracker_project_name, config=config)
+    logging_dir = os.path.join(args.output_dir, args.logging_dir)
+    if accelerator.is_main_process and accelerator.log_with:
+        os.makedirs(logging_dir, exist_ok=True)  # W&B falls back to a temporary folder if it is missing
+    accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs={"wandb": {"dir": logging_dir}})
 
 
 def set_length(args, num_processes):
@@ -112,14 +116,23 @@ def load_part(loader, args, subfolder, path=None, **kwargs):
     Any failure becomes a UserError of one line: a wrong folder, a broken file, no network, no access.
     """
     source = path or args.pretrained_teacher_model
+    option = "--pretrained_vae_model_name_or_path" if path else "--pretrained_teacher_model"
+    where = f"{source!r}" + (f", part {subfolder!r}" if subfolder else "")
     if path is None:
         kwargs["revision"] = args.teacher_revision or args.revision
+    has_weights = issubclass(loader, torch.nn.Module)
+    if has_weights:
+        kwargs["output_loading_info"] = True
     try:
-        return loader.from_pretrained(source, subfolder=subfolder, cache_dir=args.cache_dir, **kwargs)
+        part = loader.from_pretrained(source, subfolder=subfolder, cache_dir=args.cache_dir, **kwargs)
     except Exception as error:  # the libraries raise nearly anything for a broken folder
-        option = "--pretrained_vae_model_name_or_path" if path else "--pretrained_teacher_model"
-        where = f"{source!r}" + (f", part {subfolder!r}" if subfolder else "")
-        raise UserError(f"{option}: cannot load {where}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{option}: cannot load {where}: {first_line(error)}") from error
+    if has_weights:
+        part, info = part
+        if info["missing_keys"]:  # the libraries would make them up
+            missing = sorted(info["missing_keys"])
+            raise UserError(f"{option}: cannot load {where}: {len(missing)} weights are missing, such as {missing[0]}")
+    return part
 
 
 def load_noise_schedule(args):
@@ -170,6 +183,11 @@ class PromptEncoder:
 
     def __init__(self, args, accelerator):
         self.tokenizer = load_part(transformers.CLIPTokenizer, args, "tokenizer")
+        if len(self.tokenizer) < 512:  # CLIP's has all bytes twice; where files are missing, transformers makes one up
+            raise UserError(
+                f"--pretrained_teacher_model: cannot load {args.pretrained_teacher_model!r}, part 'tokenizer': "
+                f"its vocabulary has {len(self.tokenizer)} entries; are its files complete?"
+            )
         text_encoder = load_part(transformers.CLIPTextModel, args, "text_encoder", dtype=weight_dtype(accelerator))
         self.text_encoder = text_encoder.requires_grad_(False).eval().to(accelerator.device)
 

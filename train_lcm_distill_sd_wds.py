@@ -193,18 +193,20 @@ def train(args):
 
         if not accelerator.sync_gradients:
             continue
+        learning_rate = lr_scheduler.get_last_lr()[0]
         if not accelerator.optimizer_step_was_skipped:
             update_ema(target, accelerator.unwrap_model(student, keep_torch_compile=False), args.ema_decay)
             lr_scheduler.step()
         step += 1
-        progress.step(step, mean_loss, lr_scheduler.get_last_lr()[0])
+        progress.step(step, mean_loss, learning_rate)
         if step % args.checkpointing_steps == 0:
             checkpoints.save(step)
-        if step % args.validation_steps == 0 or step == args.max_train_steps:
-            validation.run(step, {"student": student, "EMA": target})
         if step >= args.max_train_steps:
             break
+        if step % args.validation_steps == 0:
+            validation.run(step, {"student": student, "EMA": target})
 
+    validation.run(step, {"student": student, "EMA": target})
     export.finish(step, progress.close(), data)
 
 

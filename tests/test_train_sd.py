@@ -112,7 +112,7 @@ def test_files_of_a_run(finished):
 def test_closing_lines_can_be_run(teacher, shards, tmp_path, capsys):
     main(sd_options(teacher, shards, tmp_path))
     printed = capsys.readouterr().out
-    assert "Trained 4 steps" in printed and "skipped: none" in printed
+    assert "Trained to step 4" in printed and "skipped: none" in printed
     code = printed[printed.index("import torch") :]
     code = code.replace('.to("cuda")', "").replace("float16", "float32")
     code = code.replace("num_inference_steps=4", "num_inference_steps=1, height=16, width=16")

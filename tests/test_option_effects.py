@@ -1,0 +1,1115 @@
+"""Every option of the Stable Diffusion script does what it says, seen in a real run and never in a parsed value.
+
+A run is `main(sd_options(...))` on the tiny teacher, watched from outside: which batches it read, what the networks
+and the VAE were called with, what the optimizer did, what lies in its folder afterwards. Runs with the same options
+are made once. `@covers` names the options that a test observes; the last test asks that none is left out.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import DEMO_TEACHER, encode_image, make_teacher, sd_options, write_shards, write_tar
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import lcm_common
+import lcm_data
+import lcm_training
+import lcm_validation
+import train_lcm_distill_sd_wds as script
+
+COVERED = set()
+# Seen in test_train_sd.py, against a local stand-in for the Hub.
+COVERED_ELSEWHERE = {"push_to_hub", "hub_model_id", "hub_private"}
+
+
+def covers(*options):
+    """Mark a test as the one that observes these options."""
+    COVERED.update(options)
+    return lambda test: test
+
+
+# A watched run.
+
+
+@dataclass
+class Call:
+    """One forward pass of a U-Net: its latents and timesteps, guidance embedding, weights' and output's dtype."""
+
+    z: torch.Tensor
+    t: list
+    w_emb: torch.Tensor | None
+    dtype: torch.dtype
+    output_dtype: torch.dtype
+    grad: bool
+
+
+@dataclass
+class Run:
+    """What was seen of a run."""
+
+    folder: Path
+    status: int = 0
+    log: str = ""
+    printed: str = ""
+    batches: list = field(default_factory=list)
+    encoded: list = field(default_factory=list)  # (batch size, dtype) of each call of the VAE's encoder
+    calls: list = field(default_factory=list)  # of the U-Nets, while training
+    drawn: list = field(default_factory=list)  # of the U-Nets, while drawing pictures
+    w: list = field(default_factory=list)  # guidance weights, one per sample
+    losses: list = field(default_factory=list)  # (prediction, target, loss) of each forward pass
+    steps: list = field(default_factory=list)  # (step, loss) as reported
+    rates: list = field(default_factory=list)  # learning rate of each optimizer step
+    norms: list = field(default_factory=list)  # norm of all gradients at each optimizer step
+    optimizer: torch.optim.Optimizer = None
+    tf32: bool = False
+    distributed: bool = False
+
+    @property
+    def captions(self):
+        return [caption for batch in self.batches for caption in batch["captions"]]
+
+    @property
+    def pixels(self):
+        """All pictures that were trained on, as (N, H, W, 3) uint8."""
+        pixels = torch.cat([batch["pixels"] for batch in self.batches])
+        return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+    @property
+    def teacher_calls(self):
+        return [call for call in self.calls if call.w_emb is None]
+
+    @property
+    def student_calls(self):
+        return [call for call in self.calls if call.grad]
+
+    @property
+    def target_calls(self):
+        return [call for call in self.calls if call.w_emb is not None and not call.grad]
+
+    def weights(self, name="unet"):
+        return load_file(self.folder / name / "diffusion_pytorch_model.safetensors")
+
+    def config(self, name="unet", file="config.json"):
+        return json.loads((self.folder / name / file).read_text())
+
+    def state(self, step):
+        return json.loads((self.folder / f"checkpoint-{step}" / "training_state.json").read_text())
+
+    def pictures(self):
+        return sorted(path.name for path in (self.folder / "validation").iterdir())
+
+    def error(self):
+        """The one line, apart from the log and the progress bar, that a run ended with."""
+        lines = [line for line in re.split(r"[\r\n]+", self.log) if line]
+        lines = [line for line in lines if not re.match(r"\d\d:\d\d:\d\d [A-Z]+ |Steps: ", line)]
+        assert self.status == 1
+        assert len(lines) == 1, self.log
+        assert not (self.folder / "unet").exists()
+        return lines[0]
+
+
+def watch(patch, run):
+    """Patch what a run goes through, so that `run` records it. Nothing is changed on the way."""
+    drawing = []
+
+    def wrap(owner, name, record):
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            return record(original, *args, **kwargs)
+
+        patch.setattr(owner, name, wrapped)
+
+    def unet(original, self, sample, t, encoder_hidden_states, timestep_cond=None, **kwargs):
+        output = original(self, sample, t, encoder_hidden_states, timestep_cond=timestep_cond, **kwargs)
+        dtype = (output[0] if isinstance(output, tuple) else output.sample).dtype
+        (run.drawn if drawing else run.calls).append(
+            Call(sample, t.reshape(-1).tolist(), timestep_cond, self.dtype, dtype, torch.is_grad_enabled())
+        )
+        return output
+
+    def encode(original, self, pixels, *args, **kwargs):
+        run.encoded.append((len(pixels), self.dtype))
+        return original(self, pixels, *args, **kwargs)
+
+    def draw(original, *args, **kwargs):
+        drawing.append(True)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            drawing.clear()
+
+    def batches(original, self):
+        for batch in original(self):
+            run.batches.append(batch)
+            yield batch
+
+    def embedding(original, w, dim):
+        run.w += w.tolist()
+        return original(w, dim)
+
+    def loss(original, prediction, target, *args):
+        value = original(prediction, target, *args)
+        run.losses.append((prediction.detach().double(), target.double(), value.item()))
+        return value
+
+    def optimizer(original, args, parameters, *more):
+        parameters = list(parameters)
+        run.optimizer = original(args, parameters, *more)
+
+        def before_step(*_):
+            run.rates.append(run.optimizer.param_groups[0]["lr"])
+            gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
+            run.norms.append(torch.cat(gradients).norm().item())
+
+        run.optimizer.register_step_pre_hook(before_step)
+        return run.optimizer
+
+    def step(original, self, number, value, *args):
+        run.steps.append((number, value))
+        run.tf32 = torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+        run.distributed = torch.distributed.is_initialized()
+        return original(self, number, value, *args)
+
+    wrap(UNet2DConditionModel, "forward", unet)
+    wrap(AutoencoderKL, "encode", encode)
+    wrap(lcm_validation.Validation, "run", draw)
+    wrap(lcm_data.TrainingData, "__iter__", batches)
+    wrap(lcm_common, "guidance_embedding", embedding)
+    wrap(lcm_common, "consistency_loss", loss)
+    wrap(lcm_training, "make_optimizer", optimizer)
+    wrap(lcm_training.Progress, "step", step)
+
+
+def watched_run(options, folder, env=()):
+    """`main(options)` in this process, as a Run; exits are recorded, exceptions go through."""
+    run, log, printed = Run(Path(folder)), io.StringIO(), io.StringIO()
+    reset_accelerate()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "")  # noted here, so that it is put back whatever the run sets
+        patch.delenv("LOCAL_RANK")
+        for name, value in env:
+            patch.setenv(name, value)
+        watch(patch, run)
+        try:
+            with contextlib.redirect_stderr(log), contextlib.redirect_stdout(printed):
+                script.main(options)
+        except SystemExit as stop:
+            run.status = stop.code
+    run.log, run.printed = log.getvalue(), printed.getvalue()
+    return run
+
+
+def reset_accelerate():
+    """accelerate keeps its state for the life of a process, and refuses another mixed precision after the first."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leave_nothing_behind():
+    """Global state that runs change is put back for the tests of other files."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    reset_accelerate()
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def run(teacher, shards, tmp_path_factory):
+    """run(*options, drop=names, env=pairs, teacher=folder, shards=pattern): a watched run of two steps, or the one
+    that was made before with the same arguments. `drop` takes options out of `sd_options`."""
+    made, standard = {}, (teacher, shards)
+
+    def make(*more, drop=(), env=(), teacher=standard[0], shards=standard[1], folder=None):
+        key = (more, drop, env, teacher, shards)
+        if folder is not None or key not in made:
+            where = folder or tmp_path_factory.mktemp("run")
+            options = sd_options(teacher, shards, where, "--max_train_steps=2", "--validation_steps=99", *more)
+            options = [option for option in options if option.split("=")[0].removeprefix("--") not in drop]
+            watched = watched_run(options, where, env)
+            if folder is not None:
+                return watched
+            made[key] = watched
+        return made[key]
+
+    return make
+
+
+def same(a, b, names=("unet", "unet_target")):
+    """Whether two runs ended with the same weights, bit for bit."""
+    assert a.status == b.status == 0, a.log + b.log
+    pairs = [(a.weights(name), b.weights(name)) for name in names]
+    return all(x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x) for x, y in pairs)
+
+
+# Models.
+
+
+@pytest.fixture(scope="module")
+def other_teacher(tmp_path_factory):
+    return make_teacher(tmp_path_factory.mktemp("other_teacher"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def hub_cache(teacher, other_teacher, tmp_path_factory):
+    """A cache as the Hub's client keeps it: org/teacher with the revisions main and old, org/vae with main alone."""
+    cache = tmp_path_factory.mktemp("cache")
+    for name, ref, commit, source in (
+        ("teacher", "main", "a" * 40, teacher),
+        ("teacher", "old", "b" * 40, other_teacher),
+        ("vae", "main", "c" * 40, other_teacher / "vae"),
+    ):
+        folder = cache / f"models--org--{name}"
+        (folder / "refs").mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / ref).write_text(commit)
+        shutil.copytree(source, folder / "snapshots" / commit)
+    return cache
+
+
+@covers("pretrained_teacher_model", "pretrained_vae_model_name_or_path")
+def test_teacher_and_vae_decide_the_weights(run, teacher, other_teacher, tmp_path):
+    vae = f"--pretrained_vae_model_name_or_path={other_teacher / 'vae'}"
+    assert not same(run(), run(teacher=other_teacher))
+    assert not same(run(), run(vae))
+    both = shutil.copytree(teacher, tmp_path / "both")
+    shutil.rmtree(both / "vae")
+    shutil.copytree(other_teacher / "vae", both / "vae")
+    assert same(run(vae), run(teacher=both))
+
+
+@covers("teacher_revision", "revision", "cache_dir")
+def test_revisions_come_from_the_cache_folder(run, hub_cache, other_teacher):
+    def cached(*more):
+        return run(f"--cache_dir={hub_cache}", *more, teacher="org/teacher")
+
+    assert same(cached(), run())
+    assert same(cached("--revision=old"), run(teacher=other_teacher))
+    vae = "--pretrained_vae_model_name_or_path="
+    # The teacher's revision is not the VAE's, which has none of that name.
+    both = cached("--teacher_revision=old", "--revision=main", f"{vae}org/vae")
+    assert same(both, run(f"{vae}{other_teacher / 'vae'}", teacher=other_teacher))
+    assert run(teacher="org/teacher").error().startswith("--pretrained_teacher_model: cannot load 'org/teacher'")
+    missing = run(f"--cache_dir={hub_cache}", "--teacher_revision=nosuch", teacher="org/teacher")
+    assert missing.error().startswith("--pretrained_teacher_model: cannot load 'org/teacher'")
+
+
+# Output, logs, checkpoints.
+
+
+def events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = Path(folder).glob("events*")
+    return EventAccumulator(str(file)).Reload()
+
+
+@covers("output_dir", "logging_dir", "report_to", "tracker_project_name", "hub_token")
+def test_files_lie_in_the_output_folder_and_hold_no_token(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    token = "hf_abcdefghijklmnopqrstuvwxyz"
+    more = [
+        "--report_to=tensorboard",
+        "--logging_dir=scalars",
+        "--tracker_project_name=mine",
+        "--checkpointing_steps=2",
+    ]
+    done = run(*more, f"--hub_token={token}", folder=Path("a") / "deep" / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert {path.name for path in done.folder.iterdir()} == {
+        "unet", "unet_target", "scheduler", "validation", "README.md", "checkpoint-2", "scalars",
+    }  # fmt: skip
+    log = events(done.folder / "scalars" / "mine")
+    assert [event.step for event in log.Scalars("loss")] == [1, 2]
+    assert [event.value for event in log.Scalars("loss")] == pytest.approx([loss for _, loss in done.steps])
+    files = [path for path in done.folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path for path in files if token.encode() in path.read_bytes()] == []
+    assert token not in done.log + done.printed
+    assert same(done, run())
+
+
+@covers("report_to")
+def test_no_tracker(run):
+    assert {path.name for path in run().folder.iterdir()} == {
+        "unet", "unet_target", "scheduler", "validation", "README.md",
+    }  # fmt: skip
+
+
+@covers("report_to", "logging_dir")
+@pytest.mark.parametrize("report_to", ["wandb", "all"])
+def test_wandb(run, tmp_path, monkeypatch, report_to):
+    """Offline. What W&B writes lies in the folder of the trackers' files, and holds no token from the environment."""
+    pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    token = "hf_abcdefghijklmnopqrstuvwxyz"
+    env = (("WANDB_SILENT", "true"), ("WANDB_MODE", "offline"), ("HF_TOKEN", token))
+    done = run(f"--report_to={report_to}", "--tracker_project_name=mine", env=env, folder=tmp_path / "out")
+    assert done.status == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (record,) = (done.folder / "logs").rglob("*.wandb")
+    for _ in range(100):  # W&B's own process closes the file in its own time
+        if b"images_per_second" in record.read_bytes():
+            break
+        time.sleep(0.1)
+    assert b"mine" in record.read_bytes() and b"images_per_second" in record.read_bytes()
+    assert [path for path in done.folder.rglob("*") if path.is_file() and token.encode() in path.read_bytes()] == []
+    assert list(record.parent.rglob("validation*.png"))
+    assert (report_to == "all") == bool(list((done.folder / "logs" / "mine").glob("events*")))
+
+
+def test_a_tracker_without_its_package_is_refused_before_models_are_loaded(run, monkeypatch):
+    if script.run.__globals__["importlib"].util.find_spec("comet_ml"):
+        pytest.skip("comet_ml is installed")
+    assert run("--report_to=comet_ml").status == 2
+
+
+@covers("checkpointing_steps", "checkpoints_total_limit")
+def test_checkpoints(run):
+    def checkpoints(*more):
+        return sorted(path.name for path in run("--max_train_steps=4", *more).folder.glob("checkpoint-*"))
+
+    assert checkpoints() == []
+    assert checkpoints("--checkpointing_steps=2") == ["checkpoint-2", "checkpoint-4"]
+    assert checkpoints("--checkpointing_steps=3") == ["checkpoint-3"]
+    assert checkpoints("--checkpointing_steps=1", "--checkpoints_total_limit=2") == ["checkpoint-3", "checkpoint-4"]
+    assert checkpoints("--checkpointing_steps=2", "--checkpoints_total_limit=1") == ["checkpoint-4"]
+
+
+@covers("checkpoints_total_limit")
+def test_a_checkpoint_never_removes_itself(run, tmp_path):
+    """A new run in the folder of an older one, whose checkpoints have larger numbers."""
+    run("--max_train_steps=4", "--checkpointing_steps=4", folder=tmp_path)
+    run("--checkpointing_steps=2", "--checkpoints_total_limit=1", folder=tmp_path)
+    assert (tmp_path / "checkpoint-2").exists()
+
+
+@covers("resume_from_checkpoint")
+def test_resume_by_name_by_path_and_from_elsewhere(run, tmp_path, monkeypatch):
+    unbroken = ("--max_train_steps=4", "--checkpointing_steps=2", "--lr_scheduler=cosine", "--lr_warmup_steps=1")
+    straight = run(*unbroken)
+    monkeypatch.chdir(tmp_path)
+    for name in ("named", "elsewhere"):
+        shutil.copytree(straight.folder / "checkpoint-2", tmp_path / name / "checkpoint-2")
+    for out, checkpoint, found in (
+        ("named", "checkpoint-2", "named/checkpoint-2"),
+        ("by_path", "elsewhere/checkpoint-2", "elsewhere/checkpoint-2"),
+        ("absolute", tmp_path / "elsewhere" / "checkpoint-2", tmp_path / "elsewhere" / "checkpoint-2"),
+        ("named", "latest", "named/checkpoint-4"),
+    ):
+        resumed = run(*unbroken, f"--resume_from_checkpoint={checkpoint}", folder=Path(out))
+        assert f"Going on from {found}\n" in resumed.log
+        assert [step for step, _ in resumed.steps] == ([] if checkpoint == "latest" else [3, 4])
+        assert resumed.steps == straight.steps[-len(resumed.steps) :] or checkpoint == "latest"
+        assert same(straight, resumed)
+    fresh = run(*unbroken, "--resume_from_checkpoint=latest", folder=tmp_path / "fresh")
+    assert "No checkpoint in" in fresh.log and same(straight, fresh)
+
+
+@covers("resume_from_checkpoint")
+def test_folders_that_are_no_checkpoints(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert run(f"--resume_from_checkpoint={tmp_path / 'empty'}").error().startswith("--resume_from_checkpoint: ")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "training_state.json").write_text('{"step": 2}')
+    assert run(f"--resume_from_checkpoint={tmp_path / 'odd'}").error().startswith("--resume_from_checkpoint: ")
+
+
+@covers("seed")
+def test_seed(run, tmp_path):
+    again = run(folder=tmp_path / "again")
+    assert same(run(), again) and run().captions == again.captions
+    other = run("--seed=1")
+    assert not same(run(), other) and other.captions != run().captions
+    drawn = run("--checkpointing_steps=2", drop=("seed",))
+    seed = int(re.search(r"--seed was not given; drew (\d+)", drawn.log)[1])
+    assert drawn.state(2)["options"]["seed"] == seed
+    assert f"seed {seed}" in drawn.log and f"| seed | {seed} |" in (drawn.folder / "README.md").read_text()
+    assert same(drawn, run(f"--seed={seed}"))
+    assert run("--seed=2147483647", "--max_train_steps=1").status == 0
+
+
+# Data. One picture of 24 x 20 pixels becomes 19 x 16, of which a square of 16 is cut.
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.fromarray(np.random.default_rng(5).integers(0, 256, (20, 24, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def one_picture(picture, tmp_path_factory):
+    path = tmp_path_factory.mktemp("one") / "one.tar"
+    return write_tar(path, [("0.png", encode_image(picture)), ("0.txt", b"the picture")])
+
+
+@pytest.fixture(scope="module")
+def json_shard(tmp_path_factory):
+    """Ten pictures without caption files; everything about them is in the JSON. Odd ones are small and marked."""
+    rng, members = np.random.default_rng(0), []
+    for i in range(10):
+        info = {"title": f"title {i}", "caption": f"caption {i}", "w": [900, 10][i % 2], "h": 1000}
+        info["pwatermark"] = [0.25, 0.75][i % 2]
+        members.append((f"{i}.png", encode_image(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))))
+        members.append((f"{i}.json", json.dumps(info).encode()))
+    return write_tar(tmp_path_factory.mktemp("json") / "json.tar", members)
+
+
+@covers("train_shards_path_or_url")
+def test_repeated_shards_are_all_read(run, shards, one_picture, json_shard):
+    """Forty-one samples, and each once in forty of the first pass."""
+    more = (f"--train_shards_path_or_url={one_picture}::{json_shard}", "--train_batch_size=8", "--max_train_steps=5")
+    captions = run(*more, "--shuffle_buffer_size=41").captions
+    assert len(set(captions)) == 40
+    possible = {f"picture {s} {i}" for s in range(3) for i in range(10)} | {f"caption {i}" for i in range(10)}
+    assert set(captions) < possible | {"the picture"}
+
+
+INTERPOLATION = {name: getattr(Image.Resampling, name.upper()) for name in
+                 ("bilinear", "bicubic", "box", "nearest", "hamming", "lanczos")}  # fmt: skip
+
+
+@covers("interpolation_type", "resolution", "center_crop")
+@pytest.mark.parametrize("name", [*INTERPOLATION, "nearest_exact"])
+def test_resizing_and_cropping_the_middle(run, picture, one_picture, name):
+    resampling = INTERPOLATION[name.removesuffix("_exact")]
+    resized = np.asarray(picture.resize((19, 16), resampling))
+    done = run("--center_crop", f"--interpolation_type={name}", "--max_train_steps=1", shards=one_picture)
+    assert np.array_equal(done.pixels, [resized[:, 1:17]] * 2)
+
+
+@covers("resolution")
+def test_resolution(run, one_picture, picture):
+    done = run("--center_crop", "--resolution=24", shards=one_picture)
+    resized = np.asarray(picture.resize((28, 24), Image.Resampling.BILINEAR))
+    assert np.array_equal(done.pixels, [resized[:, 2:26]] * 4)
+    assert done.losses[0][0].shape == (2, 4, 12, 12)
+    assert not same(done, run("--center_crop", shards=one_picture))
+
+
+@covers("center_crop", "random_flip")
+def test_random_crops_and_flips(run, one_picture, picture):
+    resized = np.asarray(picture.resize((19, 16), Image.Resampling.BILINEAR))
+    middle = resized[:, 1:17]
+
+    def kinds(pictures, *more):
+        done = run("--train_batch_size=8", *more, shards=one_picture)
+        return [next(i for i, p in enumerate(pictures) if np.array_equal(p, seen)) for seen in done.pixels]
+
+    assert set(kinds([resized[:, left : left + 16] for left in range(4)])) == {0, 1, 2, 3}
+    assert set(kinds([middle], "--center_crop")) == {0}
+    flipped = kinds([middle, middle[:, ::-1]], "--center_crop", "--random_flip")
+    assert 4 <= sum(flipped) <= 12
+
+
+@covers("proportion_empty_prompts")
+def test_empty_prompts(run):
+    def share(proportion):
+        captions = run(f"--proportion_empty_prompts={proportion}", "--train_batch_size=8").captions
+        return captions.count("") / len(captions)
+
+    assert share(0) == 0
+    assert share(1) == 1
+    assert 0.2 < share(0.5) < 0.8
+    everything = run("--train_batch_size=8", "--proportion_empty_prompts=0")
+    nothing = run("--train_batch_size=8", "--proportion_empty_prompts=1")
+    assert np.array_equal(everything.pixels, nothing.pixels)
+    assert not same(everything, nothing)
+
+
+@covers("dataloader_num_workers")
+def test_data_workers(run, monkeypatch, tmp_path):
+    """With workers nothing is decoded in this process, and each worker has a place in the data of its own."""
+    here, decode = [], lcm_data.decode_sample
+    monkeypatch.setattr(lcm_data, "decode_sample", lambda *args: here.append(os.getpid()) or decode(*args))
+    for workers in (0, 2):
+        here.clear()
+        more = (f"--dataloader_num_workers={workers}", "--checkpointing_steps=2")
+        done = run(*more, folder=tmp_path / str(workers))
+        assert len(done.captions) == 4
+        assert bool(here) == (workers == 0)
+        assert len(done.state(2)["data"][0]["positions"]) == max(1, workers)
+
+
+@covers("shuffle_buffer_size")
+def test_shuffling(run, tmp_path):
+    shard = write_shards(tmp_path, num_shards=1)
+
+    def order(size):
+        done = run(f"--shuffle_buffer_size={size}", "--train_batch_size=5", shards=shard)
+        return [int(caption.split()[-1]) for caption in done.captions]
+
+    assert order(1) == list(range(10))
+    assert order(10) != sorted(order(10)) == list(range(10))
+    halves = order(5)
+    assert sorted(halves[:5]) == list(range(5)) and halves != list(range(10))
+
+
+@covers("caption_key")
+def test_caption_key(run, json_shard):
+    whole_pass = ("--train_batch_size=5",)
+    assert set(run(*whole_pass, shards=json_shard).captions) == {f"caption {i}" for i in range(10)}
+    titles = run(*whole_pass, "--caption_key=title", shards=json_shard)
+    assert set(titles.captions) == {f"title {i}" for i in range(10)}
+    nothing = run("--caption_key=nosuch", shards=json_shard)
+    assert nothing.error().startswith("--train_shards_path_or_url: ") and "10 x no caption" in nothing.error()
+
+
+@covers("width_key", "height_key", "min_image_size")
+def test_sizes_from_the_json_and_from_the_picture(run, json_shard):
+    keys = ("--width_key=w", "--height_key=h")
+    even = {f"caption {i}" for i in range(0, 10, 2)}
+    assert set(run(*keys, "--min_image_size=500", "--train_batch_size=5", shards=json_shard).captions) == even
+    odd_too = run(*keys, "--min_image_size=10", "--train_batch_size=5", shards=json_shard)
+    assert len(set(odd_too.captions)) == 10
+    assert run(*keys, "--min_image_size=901", shards=json_shard).status == 1
+    swapped = run("--width_key=h", "--height_key=w", "--min_image_size=500", "--train_batch_size=5", shards=json_shard)
+    sizes = torch.cat([batch["original_sizes"] for batch in swapped.batches])
+    assert set(map(tuple, sizes.tolist())) == {(900, 1000)}
+    measured = run("--min_image_size=20", "--train_batch_size=5", shards=json_shard)
+    sizes = torch.cat([batch["original_sizes"] for batch in measured.batches])
+    assert set(map(tuple, sizes.tolist())) == {(20, 24)}
+    refused = run("--min_image_size=21", shards=json_shard)
+    assert "10 x smaller than --min_image_size" in refused.error()
+
+
+@covers("max_watermark_probability")
+def test_watermarks(run, json_shard):
+    done = run("--max_watermark_probability=0.5", "--train_batch_size=5", shards=json_shard)
+    assert set(done.captions) == {f"caption {i}" for i in range(0, 10, 2)}
+    assert "x watermark too probable" in done.printed
+    assert "skipped: none" in run("--max_watermark_probability=0.75", shards=json_shard).printed
+    assert "10 x watermark too probable" in run("--max_watermark_probability=0.1", shards=json_shard).error()
+    assert run("--max_watermark_probability=0.5").status == 1  # shards without the number
+
+
+# Length and batches.
+
+
+@covers("train_batch_size", "max_train_steps")
+def test_batches_and_steps(run):
+    done = run("--train_batch_size=3", "--max_train_steps=3")
+    assert [len(batch["captions"]) for batch in done.batches[:3]] == [3, 3, 3]
+    assert [step for step, _ in done.steps] == [1, 2, 3]
+    assert [len(call.t) for call in done.teacher_calls] == [6, 6, 6]  # conditional and unconditional
+    assert [len(call.t) for call in done.student_calls] == [3, 3, 3]
+
+
+@covers("max_train_samples", "num_train_epochs", "gradient_accumulation_steps")
+def test_length_by_epochs(run):
+    """Six samples are three batches of two, which are two optimizer steps of two passes: an epoch."""
+    more = ("--max_train_samples=6", "--gradient_accumulation_steps=2")
+    done = run(*more, "--num_train_epochs=2", drop=("max_train_steps",))
+    assert [step for step, _ in done.steps] == [1, 2, 3, 4]
+    assert len(done.student_calls) == 8
+    assert [step for step, _ in run(*more, "--num_train_epochs=1", drop=("max_train_steps",)).steps] == [1, 2]
+    both = run(*more, "--num_train_epochs=1", "--max_train_steps=3")
+    assert [step for step, _ in both.steps] == [1, 2, 3]
+    assert "1.5 epochs of 2" in both.log
+    assert len(set(done.captions)) > 6  # the length of an epoch, not a subset
+
+
+@covers("gradient_accumulation_steps")
+def test_accumulation(run):
+    done = run("--gradient_accumulation_steps=2")
+    assert len(done.losses) == 4 and len(done.rates) == 2
+    means = [(done.losses[i][2] + done.losses[i + 1][2]) / 2 for i in (0, 2)]
+    assert [loss for _, loss in done.steps] == pytest.approx(means)
+    # The mean of two passes' gradients, so no larger than the larger one; a sum would be about twice that.
+    free = ("--max_grad_norm=1e9", "--learning_rate=0")
+    one = run(*free, "--max_train_steps=4").norms
+    two = run(*free, "--gradient_accumulation_steps=2").norms
+    for i in (0, 1):
+        a, b = one[2 * i : 2 * i + 2]
+        assert abs(a - b) / 2 * 0.999 <= two[i] <= (a + b) / 2 * 1.001
+
+
+@covers("gradient_accumulation_steps", "scale_lr")
+def test_accumulation_from_accelerate_config_holds(run):
+    env = (("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2"),)
+    configured = run("--scale_lr", env=env)
+    assert "--gradient_accumulation_steps: 1 given, but `accelerate config` says 2" in configured.log
+    assert same(configured, run("--scale_lr", "--gradient_accumulation_steps=2"))
+    assert configured.rates == pytest.approx([4e-3, 4e-3])
+    same_value = run("--gradient_accumulation_steps=2", env=env)
+    assert "--gradient_accumulation_steps:" not in same_value.log
+
+
+@covers("local_rank")
+def test_local_rank_makes_the_run_a_distributed_one(run, tmp_path):
+    """As an old launcher starts it: the rank as an option, the rest in the environment. One process of one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port))
+    try:
+        done = run("--local_rank=0", env=env, folder=tmp_path)
+        assert done.distributed and not run().distributed
+        assert same(done, run())
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+# Optimizer and learning rate.
+
+
+@covers("learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
+@pytest.mark.parametrize(
+    ("option", "key", "value"),
+    [
+        ("learning_rate=3e-4", "lr", 3e-4),
+        ("adam_beta1=0.5", "betas", (0.5, 0.999)),
+        ("adam_beta2=0.5", "betas", (0.9, 0.5)),
+        ("adam_weight_decay=0.5", "weight_decay", 0.5),
+        ("adam_epsilon=0.01", "eps", 0.01),
+    ],
+)
+def test_optimizer_options(run, option, key, value):
+    done = run(f"--{option}")
+    assert type(done.optimizer) is torch.optim.AdamW
+    assert done.optimizer.param_groups[0][key] == value
+    assert not same(done, run())
+
+
+@covers("learning_rate")
+def test_without_learning_the_student_stays_the_teacher(run, teacher):
+    start = load_file(teacher / "unet" / "diffusion_pytorch_model.safetensors")
+    done = run("--learning_rate=0")
+    for name in ("unet", "unet_target"):
+        weights = done.weights(name)
+        assert all(torch.equal(weights[key], start[key]) for key in start)
+        assert not weights["time_embedding.cond_proj.weight"].any()
+
+
+@covers("scale_lr")
+def test_scaled_learning_rate(run):
+    scaled = run("--scale_lr", "--gradient_accumulation_steps=3", "--train_batch_size=4", "--max_train_steps=1")
+    assert scaled.rates == pytest.approx([12e-3])
+    assert "learning rate 0.012" in scaled.log
+    plain = run("--gradient_accumulation_steps=3", "--train_batch_size=4", "--max_train_steps=1")
+    assert plain.rates == pytest.approx([1e-3])
+    assert "learning rate 0.001" in plain.log
+
+
+@covers("lr_scheduler", "lr_warmup_steps")
+@pytest.mark.parametrize(
+    ("course", "warmup", "expected"),
+    [
+        ("constant", 1, [1, 1, 1, 1]),
+        ("constant_with_warmup", 1, [0, 1, 1, 1]),
+        ("constant_with_warmup", 4, [0, 0.25, 0.5, 0.75]),
+        ("linear", 1, [0, 1, 2 / 3, 1 / 3]),
+        ("linear", 0, [1, 0.75, 0.5, 0.25]),
+        ("cosine", 1, [0, 1, 0.75, 0.25]),
+        ("cosine_with_restarts", 1, [0, 1, 0.75, 0.25]),
+        ("polynomial", 1, [0, 1, 2 / 3 + 1e-4 / 3, 1 / 3 + 2e-4 / 3]),
+    ],
+)
+def test_course_of_the_learning_rate(run, course, warmup, expected):
+    """Counted in optimizer steps, also when two passes make one."""
+    more = (f"--lr_scheduler={course}", f"--lr_warmup_steps={warmup}", "--max_train_steps=4")
+    done = run(*more, "--gradient_accumulation_steps=2")
+    assert done.rates == pytest.approx([rate * 1e-3 for rate in expected], rel=1e-6, abs=1e-12)
+
+
+@covers("use_8bit_adam")
+def test_8bit_adam_trains_and_resumes_on_a_cpu(run, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    more = ("--use_8bit_adam", "--max_train_steps=4", "--checkpointing_steps=2")
+    done = run(*more, "--adam_beta1=0.5", "--learning_rate=2e-3")
+    assert isinstance(done.optimizer, bitsandbytes.optim.AdamW8bit)
+    group = done.optimizer.param_groups[0]
+    assert (group["lr"], tuple(group["betas"])) == (2e-3, (0.5, 0.999))
+    assert all(value.isfinite().all() for value in done.weights().values())
+    straight = run(*more)
+    assert not same(straight, run("--max_train_steps=4"))
+    resumed = run(*more, f"--resume_from_checkpoint={straight.folder / 'checkpoint-2'}", folder=tmp_path)
+    assert same(straight, resumed)
+
+
+@covers("max_grad_norm")
+def test_gradients_are_clipped(run):
+    free, clipped = run("--max_grad_norm=1e9"), run("--max_grad_norm=0.01")
+    assert min(free.norms) > 0.1
+    assert max(clipped.norms) == pytest.approx(0.01, rel=1e-3)
+    assert not same(free, clipped)
+
+
+# Latent consistency distillation.
+
+
+@covers("w_min", "w_max")
+def test_guidance_weights(run):
+    drawn = run("--w_min=2", "--w_max=4", "--train_batch_size=16")
+    assert len(drawn.w) == 32 and all(2 <= w <= 4 for w in drawn.w)
+    assert min(drawn.w) < 2.4 and max(drawn.w) > 3.6
+    assert set(run("--w_min=8", "--w_max=8").w) == {8.0}
+    assert not same(run("--w_min=8", "--w_max=8"), run("--w_min=9", "--w_max=9"))
+    assert "guidance scales from 3 to 5" in drawn.printed
+
+
+@covers("num_ddim_timesteps")
+@pytest.mark.parametrize("num_steps", [4, 50, 300])
+def test_timesteps_lie_on_the_grid(run, num_steps):
+    done = run(f"--num_ddim_timesteps={num_steps}", "--train_batch_size=8")
+    k = 1000 // num_steps
+    starts = [t for call in done.student_calls for t in call.t]
+    ends = [t for call in done.target_calls for t in call.t]
+    assert len(set(starts)) >= min(4, num_steps)
+    assert all((t + 1) % k == 0 and k - 1 <= t < num_steps * k for t in starts)
+    assert ends == [max(t - k, 0) for t in starts]
+    assert [t for call in done.teacher_calls for t in call.t[:8]] == starts
+    assert done.config("scheduler", "scheduler_config.json")["original_inference_steps"] == num_steps
+    assert ("--num_ddim_timesteps: 300 does not divide" in done.log) == (num_steps == 300)
+
+
+@covers("loss_type", "huber_c")
+def test_losses(run):
+    def check(done, formula):
+        assert [loss for _, _, loss in done.losses] == pytest.approx(
+            [formula(prediction - target).mean().item() for prediction, target, _ in done.losses], rel=1e-4
+        )
+
+    check(run(), lambda d: d**2)
+    check(run("--huber_c=0.5"), lambda d: d**2)
+    check(run("--loss_type=huber"), lambda d: (d**2 + 0.001**2).sqrt() - 0.001)
+    check(run("--loss_type=huber", "--huber_c=0.5"), lambda d: (d**2 + 0.5**2).sqrt() - 0.5)
+    assert same(run(), run("--huber_c=0.5"))
+    assert not same(run(), run("--loss_type=huber"))
+    assert not same(run("--loss_type=huber"), run("--loss_type=huber", "--huber_c=0.5"))
+
+
+@covers("unet_time_cond_proj_dim")
+@pytest.mark.parametrize("dim", [4, 33])
+def test_size_of_the_guidance_embedding(run, dim):
+    done = run(f"--unet_time_cond_proj_dim={dim}")
+    for name in ("unet", "unet_target"):
+        assert done.config(name)["time_cond_proj_dim"] == dim
+        assert done.weights(name)["time_embedding.cond_proj.weight"].shape[1] == dim
+    assert {call.w_emb.shape for call in done.student_calls + done.target_calls} == {(2, dim)}
+
+
+@covers("ema_decay")
+def test_moving_average(run, teacher):
+    start = load_file(teacher / "unet" / "diffusion_pytorch_model.safetensors")
+    for decay in (0, 0.25, 1):
+        done = run(f"--ema_decay={decay}", "--max_train_steps=1")
+        student, target = done.weights("unet"), done.weights("unet_target")
+        assert any(not torch.equal(student[key], start[key]) for key in start)
+        for key, value in student.items():
+            before = start.get(key, torch.zeros_like(value))
+            torch.testing.assert_close(target[key], decay * before + (1 - decay) * value, rtol=0, atol=1e-7)
+    last = run("--ema_decay=0")
+    assert all(torch.equal(value, last.weights("unet_target")[key]) for key, value in last.weights("unet").items())
+    unmoved = run("--ema_decay=1").weights("unet_target")
+    assert all(torch.equal(unmoved[key], start[key]) for key in start)
+
+
+@covers("vae_encode_batch_size")
+def test_the_vae_sees_so_many_pictures(run):
+    more = ("--train_batch_size=5", "--max_train_steps=1")
+    assert [size for size, _ in run(*more, "--vae_encode_batch_size=2").encoded] == [2, 2, 1]
+    assert [size for size, _ in run(*more).encoded] == [5]
+    split, whole = run(*more, "--vae_encode_batch_size=2").losses[0], run(*more).losses[0]
+    assert split[0].shape == whole[0].shape == (5, 4, 8, 8)
+
+
+@covers("timestep_scaling_factor")
+def test_timestep_scaling(run):
+    """The first prediction, freed of its boundary scalings, is the same x_0 whatever the factor."""
+    done = run("--timestep_scaling_factor=0.01")
+    assert done.config("scheduler", "scheduler_config.json")["timestep_scaling"] == 0.01
+    assert not same(run(), done)
+
+    def x_0(run, factor):
+        z, scaled_t = run.student_calls[0].z.double(), factor * torch.tensor(run.student_calls[0].t).double()
+        c_skip = (0.25 / (scaled_t**2 + 0.25)).reshape(-1, 1, 1, 1)
+        c_out = (scaled_t / (scaled_t**2 + 0.25).sqrt()).reshape(-1, 1, 1, 1)
+        return (run.losses[0][0] - c_skip * z) / c_out
+
+    torch.testing.assert_close(x_0(done, 0.01), x_0(run(), 10), rtol=1e-4, atol=1e-4)
+
+
+# Precision, memory, speed.
+
+
+@covers("mixed_precision")
+def test_bfloat16(run):
+    done = run("--mixed_precision=bf16")
+    assert {call.output_dtype for call in done.calls} == {torch.bfloat16}
+    assert {call.dtype for call in done.calls} == {torch.float32}
+    assert {dtype for _, dtype in done.encoded} == {torch.bfloat16}
+    assert {value.dtype for value in done.weights().values()} == {torch.float32}
+    assert {call.output_dtype for call in run().calls} == {torch.float32}
+    assert {dtype for _, dtype in run().encoded} == {torch.float32}
+    assert not same(run(), done)
+
+
+@covers("mixed_precision")
+def test_precision_of_accelerate_config_holds_unless_another_is_given(run):
+    env = (("ACCELERATE_MIXED_PRECISION", "bf16"),)
+    assert same(run(env=env), run("--mixed_precision=bf16"))
+    assert same(run("--mixed_precision=no", env=env), run())
+    assert "| mixed precision | bf16 |" in (run(env=env).folder / "README.md").read_text()
+
+
+@covers("mixed_precision")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_float16_on_a_cpu_is_float32_and_says_so(run):
+    done = run("--mixed_precision=fp16")
+    assert "WARNING --mixed_precision: fp16 needs a GPU" in done.log
+    assert same(done, run())
+
+
+@covers("allow_tf32")
+def test_tf32(run, tmp_path):
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        assert not run(folder=tmp_path / "without").tf32
+        assert run("--allow_tf32", folder=tmp_path / "with").tf32
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
+
+
+@covers("cast_teacher_unet")
+def test_cast_teacher(run):
+    done = run("--mixed_precision=bf16", "--cast_teacher_unet")
+    assert {call.dtype for call in done.teacher_calls} == {torch.bfloat16}
+    assert {call.dtype for call in done.student_calls + done.target_calls} == {torch.float32}
+    assert {call.dtype for call in run("--mixed_precision=bf16").teacher_calls} == {torch.float32}
+    assert same(run("--cast_teacher_unet"), run())  # there is no mixed precision to cast to
+
+
+@covers("gradient_checkpointing")
+def test_gradient_checkpointing(run, tmp_path, monkeypatch):
+    checkpoint, used = torch.utils.checkpoint.checkpoint, []
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: used.append(1) or checkpoint(*a, **k))
+    without = run(folder=tmp_path / "without")
+    assert not used
+    done = run("--gradient_checkpointing", folder=tmp_path / "with")
+    assert used
+    for key, value in without.weights().items():
+        torch.testing.assert_close(done.weights()[key], value, rtol=1e-4, atol=1e-5)
+
+
+@covers("enable_xformers_memory_efficient_attention")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_xformers_without_cuda_is_a_warning(run):
+    done = run("--enable_xformers_memory_efficient_attention")
+    assert "WARNING --enable_xformers_memory_efficient_attention: needs xformers and CUDA" in done.log
+    assert same(done, run())
+
+
+# Pictures.
+
+
+@covers("validation_steps")
+def test_when_pictures_are_drawn(run):
+    assert run("--max_train_steps=3", "--validation_steps=2").pictures() == ["step-000002.png", "step-000003.png"]
+    assert run().pictures() == ["step-000002.png"]
+
+
+@covers("validation_prompts", "validation_num_inference_steps")
+def test_a_row_per_prompt_and_a_column_per_step_count(run, tmp_path):
+    def size(done):
+        with Image.open(done.folder / "validation" / "step-000002.png") as grid:
+            return grid.size
+
+    grid = ("--validation_prompts", "one", "two", "three", "--validation_num_inference_steps", "1", "2", "4")
+    done = run(*grid)
+    # Three prompts, each with 1 + 2 + 4 steps, by student and moving average; a cell is 96 pixels and a gap of 4.
+    assert len(done.drawn) == 3 * 7 * 2
+    width, height = size(run())
+    assert size(done) == (width + 4 * 100, height + 2 * 100)
+    assert 'prompt = "one"' in done.printed
+
+
+@covers("validation_prompts")
+def test_any_prompt_leaves_code_that_can_be_run(run):
+    prompt = 'a "red" three\\n'
+    done = run(f"--validation_prompts={prompt}")
+    scope = {}
+    code = done.printed[done.printed.index("import torch") :]
+    exec("\n".join(line for line in code.splitlines() if line.startswith("prompt = ")), scope)
+    assert scope["prompt"] == prompt
+
+
+@covers("validation_guidance_scale")
+@pytest.mark.parametrize(
+    ("more", "w"),
+    [
+        (["--validation_guidance_scale=9"], 8),
+        ([], 6.5),
+        (["--w_min=8"], 8),
+        (["--w_max=6"], 6),
+        (["--w_min=0", "--w_max=0"], 0),
+        (["--validation_guidance_scale=1"], 0),
+    ],
+)
+def test_guidance_of_the_pictures(run, more, w):
+    done = run(*more)
+    expected = lcm_common.guidance_embedding(torch.tensor([float(w)]), 16)
+    assert len(done.drawn) == 2
+    for call in done.drawn:
+        torch.testing.assert_close(call.w_emb.float(), expected, rtol=0, atol=2e-3)
+
+
+@covers("validation_num_inference_steps", "num_ddim_timesteps")
+def test_more_picture_steps_than_grid_points_are_refused_before_training(run):
+    """The scheduler raises for them, which would cost the user the run at its first pictures."""
+    done = run("--num_ddim_timesteps=2", "--validation_num_inference_steps=4")
+    assert done.status in (1, 2) and not done.batches
+    assert done.log.startswith("--validation_num_inference_steps: ")
+
+
+@covers("resume_from_checkpoint", "validation_steps")
+def test_killed_after_the_last_step_and_resumed_still_has_its_picture(run, tmp_path):
+    straight = run("--max_train_steps=4", "--checkpointing_steps=2")
+    shutil.copytree(straight.folder / "checkpoint-4", tmp_path / "checkpoint-4")
+    resumed = run("--max_train_steps=4", "--checkpointing_steps=2", "--resume_from_checkpoint=latest", folder=tmp_path)
+    assert resumed.status == 0
+    for picture in re.findall(r"!\[.*\]\((.*)\)", (tmp_path / "README.md").read_text()):
+        assert (tmp_path / picture).is_file()
+
+
+# Teachers and shards that cannot be used, and two kinds that can.
+
+
+def edited(teacher, folder, name, **changes):
+    """A copy of a teacher with other entries in one of its JSON files; None takes an entry out."""
+    shutil.copytree(teacher, folder)
+    path = folder / name
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("changes", "start", "says"),
+    [
+        ({"rescale_betas_zero_snr": True}, "--pretrained_teacher_model: ", "zero terminal SNR"),
+        (
+            {"prediction_type": "flow"},
+            "--pretrained_teacher_model: ",
+            "'flow'; allowed: epsilon, v_prediction, sample",
+        ),
+        ({"num_train_timesteps": 20}, "--num_ddim_timesteps: ", "50 given; allowed: at most the schedule's 20"),
+        ({"beta_schedule": "nosuch"}, "--pretrained_teacher_model: ", "nosuch"),
+    ],
+)
+def test_schedules_that_are_refused(run, teacher, tmp_path, changes, start, says):
+    error = run(teacher=edited(teacher, tmp_path / "teacher", SCHEDULER, **changes)).error()
+    assert error.startswith(start) and says in error
+
+
+def test_flow_matching_is_refused(run, teacher, tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    error = run(teacher=folder).error()
+    assert error.startswith("--pretrained_teacher_model: ") and "FlowMatchEulerDiscreteScheduler" in error
+
+
+def test_a_distilled_teacher_is_refused(run, teacher, tmp_path):
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    shutil.rmtree(folder / "unet")
+    shutil.copytree(run().folder / "unet", folder / "unet")
+    error = run(teacher=folder).error()
+    assert error.startswith("--pretrained_teacher_model: ") and "guidance embedding" in error
+
+
+PARTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "tokenizer": "tokenizer.json",
+    "scheduler": "scheduler_config.json",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("damage", ["no folder", "no file", "half a file", "an entry is missing"])
+def test_broken_teachers_are_refused(run, teacher, tmp_path, part, damage):
+    """None of them may train: a part that is made up at random looks like a run."""
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    file = folder / part / PARTS[part]
+    if damage == "no folder":
+        shutil.rmtree(folder / part)
+    elif damage == "no file":
+        file.unlink()
+    elif damage == "half a file":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif file.suffix == ".safetensors":
+        tensors = load_file(file)
+        del tensors[min(tensors)]
+        save_file(tensors, file, {"format": "pt"})
+    else:
+        pytest.skip("only weights have entries that must be there")
+    error = run(teacher=folder).error()
+    assert error.startswith("--pretrained_teacher_model: ") and f"part '{part}'" in error
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_a_tokenizer_without_its_vocabulary_is_refused(run, teacher, tmp_path, name):
+    """The files of the published models."""
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    shutil.rmtree(folder / "tokenizer")
+    shutil.copytree(DEMO_TEACHER / "tokenizer", folder / "tokenizer")
+    assert same(run(), run(teacher=folder))
+    (folder / "tokenizer" / name).unlink()
+    error = run("--seed=1", teacher=folder).error()
+    assert error.startswith("--pretrained_teacher_model: ") and "tokenizer" in error
+
+
+@pytest.mark.parametrize("pattern", ["{folder}/nosuch-{{0..3}}.tar", "{folder}/*.tar", "{folder}/{{0..", ""])
+def test_shards_that_match_nothing(run, tmp_path, pattern):
+    error = run(shards=pattern.format(folder=tmp_path)).error()
+    assert error.startswith("--train_shards_path_or_url: ")
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_other_prediction_types_train(run, teacher, tmp_path, prediction_type, zero_snr):
+    changes = {"prediction_type": prediction_type, "rescale_betas_zero_snr": zero_snr}
+    done = run("--w_max=6", teacher=edited(teacher, tmp_path / "teacher", SCHEDULER, **changes))
+    assert done.status == 0 and all(math.isfinite(loss) for _, loss in done.steps)
+    assert all(value.isfinite().all() for name in ("unet", "unet_target") for value in done.weights(name).values())
+    scheduler = done.config("scheduler", "scheduler_config.json")
+    assert scheduler["prediction_type"] == prediction_type and scheduler["rescale_betas_zero_snr"] == zero_snr
+    assert not same(done, run("--w_max=6"))
+
+
+# And nothing was forgotten.
+
+
+def test_every_option_is_observed(monkeypatch):
+    monkeypatch.setattr(script, "parse", lambda parser, argv=None: parser)
+    options = {action.dest for action in script.parse_args([])._actions} - {"help"}
+    assert options - COVERED - COVERED_ELSEWHERE == set()
+    assert (COVERED | COVERED_ELSEWHERE) - options == set()
