@@ -1,21 +1,17 @@
-"""Captioned pictures from WebDataset shards: an endless, seeded stream of batches that can be resumed exactly.
+"""Batches of captioned pictures from WebDataset shards: an endless, seeded stream that can be resumed exactly.
 
 One *stream* is one data loader worker of one process. Its stages, in order:
 
-    order of shards -> tar members as bytes -> samples -> shuffled blocks -> picture, caption, filters -> batches
+    order of shards -> samples as bytes -> shuffled blocks -> pictures and captions (lcm_samples) -> batches
 
-Nothing is ever unpickled: of a sample, only its picture, caption and JSON are read, each by its own parser.
-Nothing is skipped silently: what cannot be used travels through the shuffle as a `Problem` and is counted.
-A stream's place is five integers (`Position`): a block of samples and how many of it were used. The order within a
-block is a function of (seed, stream, pass, block), so a resume reads one block again and nothing else.
+What cannot be used travels through the shuffle as a `Problem` and is counted. A stream's place is five integers
+(`Position`): a block of samples and how many of it were used. The order within a block is a function of (seed, stream,
+pass, block), so a resume passes over the shard up to that block, reads the block, and decodes nothing twice.
 """
 
 import glob
-import io
 import itertools
-import json
 import logging
-import math
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -24,27 +20,11 @@ import braceexpand
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from PIL import Image, ImageOps
-from webdataset.gopen import gopen
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
 from lcm_options import UserError
+from lcm_samples import CAPTION_SUFFIXES, IMAGE_SUFFIXES, Problem, Unusable, collate, decode_sample, read_shard
 
 logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-CAPTION_SUFFIXES = ("txt", "text", "caption")
-MAX_ASPECT_RATIO = 16  # resizing a thinner picture to the resolution would take gigabytes
-
-INTERPOLATION = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "nearest": Image.Resampling.NEAREST,
-    "nearest_exact": Image.Resampling.NEAREST,  # Pillow's nearest is already the exact one
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 
 
 @dataclass(frozen=True)
@@ -102,18 +82,6 @@ class Position:
     taken: int = 0
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A sample, or a shard, that cannot be used."""
-
-    reason: str  # a few words, the same for all of a kind
-    detail: str
-
-
-class Unusable(Exception):
-    """Raised while a sample is decoded; carries the reason under which it is counted."""
-
-
 @dataclass
 class Item:
     """What a stream hands to the training process: a batch, or word that a whole pass gave nothing."""
@@ -125,6 +93,12 @@ class Item:
     batch: dict | None
     num_usable: int
     problems: list = field(default_factory=list)
+
+    def pin_memory(self):
+        """Called by the DataLoader, which pins nothing inside a class that it does not know."""
+        if self.batch:
+            self.batch["pixels"] = self.batch["pixels"].pin_memory()
+        return self
 
 
 def expand_shards(patterns):
@@ -140,17 +114,15 @@ def expand_shards(patterns):
             raise UserError(f"--train_shards_path_or_url: {pattern!r}: {error}") from None
         for shard in filter(None, expanded):
             is_local = not shard.startswith("pipe:") and "://" not in shard
-            shards += sorted(glob.glob(shard)) if is_local and glob.has_magic(shard) else [shard]
-    missing = [s for s in shards if not s.startswith("pipe:") and "://" not in s and not os.path.isfile(s)]
-    if missing and len(missing) < len(shards):
-        logger.warning("%d of %d shards do not exist, for example %s", len(missing), len(shards), missing[0])
-    present = tuple(s for s in shards if s not in set(missing))
+            is_wildcard = is_local and glob.has_magic(shard) and not os.path.isfile(shard)
+            shards += (is_wildcard and sorted(glob.glob(shard))) or [shard]
+    missing = {s for s in shards if not s.startswith("pipe:") and "://" not in s and not os.path.isfile(s)}
+    present = tuple(s for s in shards if s not in missing)
+    if missing and present:
+        logger.warning("%d of %d shards do not exist, for example %s", len(missing), len(shards), min(missing))
     if not present:
         raise UserError(f"--train_shards_path_or_url: {' '.join(patterns)!r} matches no shard")
     return present
-
-
-# Shards to samples.
 
 
 def shard_order(config, stream, pass_index):
@@ -162,158 +134,12 @@ def shard_order(config, stream, pass_index):
     """
     round_index, turn = divmod(pass_index, config.num_processes)
     order = np.random.default_rng((config.seed, round_index)).permutation(len(config.shards))
-    shards = [config.shards[i] for i in order]
     slot = (stream + turn * config.streams_per_process) % config.num_streams
-    if len(shards) >= config.num_streams:
-        return [(shard, 0, 1) for shard in shards[slot :: config.num_streams]]
-    sharing = range(slot % len(shards), config.num_streams, len(shards))
-    return [(shards[slot % len(shards)], slot // len(shards), len(sharing))]
-
-
-def is_read(name):
-    """True for the members that a sample is made of; everything else in a shard is passed over unread."""
-    suffix = (base_plus_ext(name)[1] or "").lower()
-    return suffix in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, "json")
-
-
-def read_shard(url):
-    """Yield the samples of one shard as dicts of bytes, and a Problem for each thing in it that cannot be read."""
-    problems = []
-
-    def note_duplicate(error):
-        problems.append(Problem("duplicate member", f"{url}: {error.args[0]}"))
-        return True
-
-    try:
-        with gopen(url) as stream:
-            members = tar_file_iterator(stream, select_files=is_read)
-            named = ({**member, "__url__": url} for member in members)
-            for sample in group_by_keys(named, handler=note_duplicate):
-                yield from problems
-                problems.clear()
-                yield sample
-    except Exception as error:  # a shard comes from outside: whatever is wrong with it, the run goes on
-        problems.append(Problem("shard unreadable or cut short", f"{url}: {error or type(error).__name__}"))
-    yield from problems
-
-
-# Samples to pictures and captions.
-
-
-def open_image(data):
-    """Decode a picture as 8-bit RGB: upright after EXIF, 16-bit greys scaled, transparency over white.
-
-    Raises Unusable for anything that is not one whole picture, and for what Pillow holds for a decompression bomb.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-            raise Unusable("picture too thin", f"{image.width} x {image.height}")
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise Unusable("picture too large", str(error)) from None
-    except Unusable:
-        raise
-    except Exception as error:  # decoders raise nearly anything on broken input
-        raise Unusable("picture unreadable", str(error) or type(error).__name__) from None
-
-
-def read_caption(sample, info, caption_key, rng):
-    """The sample's caption: its text file, else `caption_key` of the JSON (one of them, if that is a list)."""
-    for suffix in CAPTION_SUFFIXES:
-        if suffix in sample:
-            try:
-                return sample[suffix].decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise Unusable("caption is not UTF-8", str(error)) from None
-    caption = info.get(caption_key)
-    if isinstance(caption, list) and caption:
-        caption = caption[rng.integers(len(caption))]
-    if not isinstance(caption, str):
-        raise Unusable("no caption", f"no .txt, .text, .caption, and no text under {caption_key!r} in a .json")
-    return caption.strip()
-
-
-def read_json(sample):
-    """The sample's JSON object, {} if it has none."""
-    if "json" not in sample:
-        return {}
-    try:
-        info = json.loads(sample["json"])
-    except (ValueError, RecursionError) as error:
-        raise Unusable("JSON unreadable", str(error)) from None
-    if not isinstance(info, dict):
-        raise Unusable("JSON unreadable", f"it holds a {type(info).__name__}, not an object")
-    return info
-
-
-def json_number(info, key):
-    """A finite number under `key`, else Unusable."""
-    value = info.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise Unusable("JSON lacks a number", f"{key!r} is {value!r}")
-    return value
-
-
-def transform(image, config, rng):
-    """Resize the shorter side to the resolution, crop a square, perhaps mirror it.
-
-    Returns ((3, H, W) uint8 array, (crop top, crop left)), the crop in pixels of the resized, unmirrored picture.
-    """
-    resolution, shorter = config.resolution, min(image.size)
-    width, height = (int(resolution * side / shorter) for side in image.size)  # rounded as torchvision's `resize`
-    if (width, height) != image.size:
-        image = image.resize((width, height), INTERPOLATION[config.interpolation_type])
-    if config.center_crop:
-        left, top = (width - resolution) // 2, (height - resolution) // 2
-    else:
-        left, top = rng.integers(width - resolution + 1), rng.integers(height - resolution + 1)
-    image = image.crop((left, top, left + resolution, top + resolution))
-    if config.random_flip and rng.random() < 0.5:
-        image = ImageOps.mirror(image)
-    return np.asarray(image).transpose(2, 0, 1), (int(top), int(left))
-
-
-def decode_sample(sample, config, rng):
-    """Turn a sample's bytes into what one row of a batch needs. Raises Unusable.
-
-    Returns a dict: `pixels` (3, H, W) uint8, `caption` str, `original_size` (height, width) and `crop` (top, left).
-    """
-    suffix = next((s for s in IMAGE_SUFFIXES if s in sample), None)
-    if suffix is None:
-        raise Unusable("no picture", f"no .{', .'.join(IMAGE_SUFFIXES)}")
-    info = read_json(sample)
-    caption = read_caption(sample, info, config.caption_key, rng)
-    if config.max_watermark_probability is not None:
-        probability = json_number(info, "pwatermark")
-        if probability > config.max_watermark_probability:
-            raise Unusable("watermark too probable", f"{probability:.2f}")
-    image = open_image(sample[suffix])
-    width = json_number(info, config.width_key) if config.width_key else image.width
-    height = json_number(info, config.height_key) if config.height_key else image.height
-    if min(width, height) < config.min_image_size:
-        raise Unusable("smaller than --min_image_size", f"{width} x {height}")
-    if rng.random() < config.proportion_empty_prompts:
-        caption = ""
-    pixels, crop = transform(image, config, rng)
-    return {"pixels": pixels, "caption": caption, "original_size": (int(height), int(width)), "crop": crop}
-
-
-def collate(rows):
-    """Join decoded samples into a batch of tensors and lists; sizes and crops are (B, 2) int64."""
-    return {
-        "pixels": torch.from_numpy(np.stack([row["pixels"] for row in rows])),
-        "captions": [row["caption"] for row in rows],
-        "original_sizes": torch.tensor([row["original_size"] for row in rows]),
-        "crops": torch.tensor([row["crop"] for row in rows]),
-    }
+    num_shards = len(config.shards)
+    if num_shards >= config.num_streams:
+        return [(config.shards[i], 0, 1) for i in order[slot :: config.num_streams]]
+    shard = slot % num_shards  # whatever the order, so that the shares are the same in every pass
+    return [(config.shards[shard], slot // num_shards, len(range(shard, config.num_streams, num_shards)))]
 
 
 # Streams.
@@ -360,7 +186,6 @@ class Stream:
                     if member_index >= skip_members and member_index % num_parts == part:
                         yield Position(pass_index, shard_index, member_index + 1), sample
                 skip_shards = skip_members = 0
-            skip_shards = skip_members = 0
             yield Position(pass_index + 1), None
 
     def shuffled(self):
@@ -498,7 +323,7 @@ class TrainingData:
                 without_use.clear()
             if item.batch is None:
                 without_use.update(item.empty_share)
-                if without_use == everything:
+                if without_use >= everything:
                     raise UserError(
                         "--train_shards_path_or_url: a whole pass over the shards gave no usable sample. "
                         f"Skipped: {describe(self.skipped)}. A sample needs a picture "

@@ -92,7 +92,7 @@ def render_split(split, copies, seed):
     picks = rng.permutation(np.tile(np.arange(len(labels)), copies))
     styles = np.empty(len(picks), dtype=np.int64)
     styles[np.argsort(labels[picks], kind="stable")] = np.arange(len(picks)) % 10
-    for pick, style in zip(picks, styles):
+    for pick, style in zip(picks, styles, strict=True):
         yield draw(glyphs[pick], rng), (int(labels[pick]), int(style) // 2, int(style) % 2)
 
 

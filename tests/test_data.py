@@ -33,6 +33,7 @@ from PIL import Image
 from webdataset.gopen import Pipe, gopen_schemes
 
 import lcm_data
+import lcm_samples
 from lcm_data import DataConfig, TrainingData, expand_shards
 from lcm_options import UserError
 
@@ -489,7 +490,7 @@ def test_a_command_that_is_left_early_complains_to_nobody(tmp_path):
         warnings.simplefilter("error", pytest.PytestUnraisableExceptionWarning)
         for shard in (f"pipe:cat {path} || exit 1", f"pipe:dd if={path} bs=1k 2>&1 || exit 1"):
             assert captions(take(TrainingData(config(shard)), 1)) == ["0"]
-            reader = lcm_data.read_shard(shard)
+            reader = lcm_samples.read_shard(shard)
             next(reader)
             reader.close()
             gc.collect()
@@ -839,9 +840,9 @@ def test_a_resume_reads_one_block_again_and_nothing_else(clean_shards, monkeypat
     data = TrainingData(run)
     take(data, 9)  # 18 of 20 samples: in the middle of the last shard, which is the last block
     decoded, opened = [], []
-    decode, gopen = lcm_data.decode_sample, lcm_data.gopen
+    decode, gopen = lcm_data.decode_sample, lcm_samples.gopen
     monkeypatch.setattr(lcm_data, "decode_sample", lambda *args: decoded.append(args) or decode(*args))
-    monkeypatch.setattr(lcm_data, "gopen", lambda url, *args: opened.append(url) or gopen(url, *args))
+    monkeypatch.setattr(lcm_samples, "gopen", lambda url, *args: opened.append(url) or gopen(url, *args))
     resumed = TrainingData(run)
     resumed.load_state_dict(data.state_dict())
     take(resumed, 1)
