@@ -7,7 +7,7 @@ accelerate launch train_lcm_distill_sd_wds.py \\
     --max_train_steps=1000 --train_batch_size=12 --dataloader_num_workers=8
 
 Writes output_dir/unet (the student), output_dir/unet_target (its moving average: sample from this one) and
-output_dir/scheduler. Training whole U-Nets; for LoRA see the sibling script.
+output_dir/scheduler.
 """
 
 from lcm_options import (

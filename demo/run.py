@@ -48,7 +48,7 @@ def train(args):
         "resolution": 32,
         "train_batch_size": 32,
         "max_train_steps": args.max_train_steps,
-        "learning_rate": 1e-3,
+        "learning_rate": 7e-4,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 20,
         "ema_decay": 0.95,
@@ -174,7 +174,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--output_dir", default="lcm-demo", help="where everything is written (default: lcm-demo)")
-    parser.add_argument("--max_train_steps", type=int, default=400, help="optimizer steps (default: 400)")
+    parser.add_argument("--max_train_steps", type=int, default=700, help="optimizer steps (default: 700)")
     parser.add_argument("--num_images", type=int, default=500, help="pictures a row of the table (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of training and sampling (default: 0)")
     parser.add_argument("--only_compare", action="store_true", help="do not train; sample what --output_dir holds")

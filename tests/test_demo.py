@@ -1,0 +1,82 @@
+"""The demo: its teacher keeps what the README says of it, its shards can be made again, its command works."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DEMO_TEACHER, ROOT
+
+DEMO = ROOT / "demo"
+
+
+def run_demo(script, *options):
+    done = subprocess.run(
+        [sys.executable, str(DEMO / script), *map(str, options)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The output folder of the README's first command, with next to no training and few pictures."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    printed = run_demo("run.py", "--output_dir", folder, "--max_train_steps", 3, "--num_images", 100)
+    return folder, printed
+
+
+def test_first_command_prints_the_table_that_it_writes(finished):
+    folder, printed = finished
+    rows = json.loads((folder / "rows.json").read_text())
+    assert [row["steps"] for row in rows if row["network"] == "student"] == [4, 2, 1]
+    assert {row["steps"] for row in rows if row["network"] == "teacher"} == {50, 4, 2, 1}
+    table = (folder / "table.md").read_text()
+    shown = [line for line in printed.splitlines() if line.startswith("| ")]
+    assert len(shown) >= 9 and set(shown) <= set(table.splitlines())
+    assert (folder / "comparison.png").stat().st_size > 10_000
+    assert "accelerate" in printed  # it shows the command that it runs
+
+
+def test_teacher_meets_its_bar(finished):
+    """At 50 DDIM steps and guidance 3: at least 90 % of the digits and 98 % of the colours."""
+    row = json.loads((finished[0] / "rows.json").read_text())[0]
+    assert (row["network"], row["sampler"], row["steps"], row["guidance"]) == ("teacher", "ddim", 50, 3.0)
+    assert row["digit"] >= 0.9 and row["colour"] >= 0.98
+
+
+def test_only_compare_samples_again(finished):
+    folder, _ = finished
+    before = json.loads((folder / "rows.json").read_text())
+    run_demo("run.py", "--output_dir", folder, "--num_images", 100, "--only_compare")
+    after = json.loads((folder / "rows.json").read_text())
+    for row in before + after:
+        del row["seconds"]
+    assert before == after
+
+
+def test_shards_can_be_made_again_byte_for_byte(tmp_path):
+    pytest.importorskip("sklearn")
+    run_demo("make_shards.py", "--output_dir", tmp_path)
+    made = sorted(path.name for path in tmp_path.iterdir())
+    assert made == sorted(path.name for path in (DEMO / "shards").iterdir())
+    for name in made:
+        assert (tmp_path / name).read_bytes() == (DEMO / "shards" / name).read_bytes()
+
+
+def test_teacher_is_an_ordinary_pipeline():
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO_TEACHER)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.unet.dtype == pipeline.text_encoder.dtype == pipeline.vae.dtype == torch.float32
+    image = pipeline("a red three on a white background", guidance_scale=3, num_inference_steps=10).images[0]
+    assert image.size == (32, 32)
+
+
+def test_repository_stays_small():
+    sizes = {path: path.stat().st_size for path in Path(DEMO).rglob("*") if path.is_file()}
+    assert max(sizes.values()) < 4 << 20
+    assert sum(sizes.values()) < 25 << 20
