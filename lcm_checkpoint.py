@@ -21,10 +21,11 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.json"
 PARTIAL = ".partial"  # ends the name of a folder that is still being written, or removed
 
-# What may differ when a run goes on: where things go and are shown. Anything else would make it another run.
+# What may differ when a run goes on: where things go and are shown, how long it is, how much memory it takes.
 MAY_CHANGE_ON_RESUME = {
     "output_dir", "cache_dir", "logging_dir", "report_to", "tracker_project_name", "local_rank",
-    "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "max_train_steps", "num_train_epochs",
+    "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+    "max_train_steps", "num_train_epochs", "max_train_samples", "gradient_checkpointing",
     "validation_steps", "validation_prompts", "validation_num_inference_steps", "validation_guidance_scale",
     "push_to_hub", "hub_model_id", "hub_private",
 }  # fmt: skip
@@ -62,11 +63,18 @@ def remove_folder(path):
     shutil.rmtree(path + PARTIAL)
 
 
-def remove_leftovers(output_dir):
-    """Remove the unfinished folders of a run that was killed."""
+def remove_leftovers(output_dir, names):
+    """Remove the unfinished folders of a run that was killed; put back one that was just being replaced.
+
+    Only checkpoints and folders called one of `names` are ours to touch.
+    """
+    ours = re.compile(rf"(checkpoint-\d+|{'|'.join(names)})(\.old)?{re.escape(PARTIAL)}")
     for name in os.listdir(output_dir):
-        if name.endswith(PARTIAL):
-            shutil.rmtree(os.path.join(output_dir, name))
+        match, path = ours.fullmatch(name), os.path.join(output_dir, name)
+        if match and match[2] and not os.path.exists(os.path.join(output_dir, match[1])):
+            os.rename(path, os.path.join(output_dir, match[1]))
+        elif match:
+            shutil.rmtree(path)
 
 
 @contextlib.contextmanager
@@ -114,28 +122,36 @@ def stored_seed(args):
     return read_state(folder)["options"]["seed"] if folder else None
 
 
-def check_same_run(args, stored):
-    """Raise UserError, naming the option, if going on with `args` would make another run of it."""
+def check_resume(args, num_processes):
+    """Raise UserError, naming the option, if `args` name a checkpoint that is not one of this very run."""
+    folder = folder_to_resume(args)
+    if folder is None:
+        return
+    state = read_state(folder)
+    if len(state["data"]) != num_processes:
+        raise UserError(
+            f"--resume_from_checkpoint: saved by {len(state['data'])} processes, but {num_processes} are running; "
+            "allowed: the same number"
+        )
+    stored = state["options"]
     for name, given in public_options(args).items():
         if name not in MAY_CHANGE_ON_RESUME and stored.get(name) != given:
             raise UserError(
                 f"--{name}: {given!r} given, but the checkpoint was trained with {stored.get(name)!r}; "
-                "allowed: the same, or a new --output_dir"
+                "allowed: the same, or a new run in another --output_dir"
             )
 
 
 class Checkpoints:
     """Saves and restores one run. All processes call all methods.
 
-    `networks` maps folder names to diffusers models (wrapped or not) that are saved; `data` and `lr_scheduler` have
+    `networks` maps folder names to the diffusers models, unwrapped, that are saved; `data` and `lr_scheduler` have
     `state_dict` and `load_state_dict`, of plain numbers and lists.
     """
 
     def __init__(self, accelerator, args, networks, data, lr_scheduler):
         self.accelerator, self.args, self.data, self.lr_scheduler = accelerator, args, data, lr_scheduler
-        self.networks = {
-            name: accelerator.unwrap_model(network, keep_torch_compile=False) for name, network in networks.items()
-        }
+        self.networks = networks
         accelerator.register_save_state_pre_hook(self.save_networks)
         accelerator.register_load_state_pre_hook(self.load_networks)
 
@@ -179,8 +195,12 @@ class Checkpoints:
                 others = [path for path in list_checkpoints(self.args.output_dir) if path != folder]
                 for old in others[: max(0, len(others) + 1 - limit)] if limit else []:
                     remove_folder(old)
-        except OSError as error:
-            raise UserError(f"--output_dir: cannot write {folder!r}: {error}; earlier ones are intact") from error
+        except Exception as error:  # for a full disk torch and safetensors raise errors of their own
+            if self.accelerator.is_main_process:
+                shutil.rmtree(folder + PARTIAL, ignore_errors=True)
+            raise UserError(
+                f"--output_dir: cannot write {folder!r}: {first_line(error)}; earlier checkpoints are intact"
+            ) from error
         self.accelerator.wait_for_everyone()
         logger.info("Saved %s", folder)
 
@@ -191,23 +211,21 @@ class Checkpoints:
         """
         folder = folder_to_resume(self.args)
         if self.accelerator.is_main_process:
-            remove_leftovers(self.args.output_dir)
+            remove_leftovers(self.args.output_dir, [*self.networks, "scheduler"])
         if folder is None:
             if self.args.resume_from_checkpoint:
                 logger.info("No checkpoint in %s; starting a new run", self.args.output_dir)
             return 0
         state = read_state(folder)
-        check_same_run(self.args, state["options"])
-        if len(state["data"]) != self.accelerator.num_processes:
-            raise UserError(
-                f"--resume_from_checkpoint: saved by {len(state['data'])} processes, but "
-                f"{self.accelerator.num_processes} are running; allowed: the same number"
-            )
         try:
-            self.accelerator.load_state(folder)
+            # On the CPU, else AdamW's step counts land on the GPU, and reading them makes every later step wait.
+            self.accelerator.load_state(folder, map_location="cpu")
         except Exception as error:  # a damaged file makes the libraries raise nearly anything
             raise UserError(f"--resume_from_checkpoint: cannot load {folder!r}: {first_line(error)}") from error
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.data.load_state_dict(state["data"][self.accelerator.process_index])
         logger.info("Going on from %s", folder)
+        for later in list_checkpoints(self.args.output_dir):
+            if int(later.rpartition("-")[2]) > state["step"]:
+                logger.warning("%s is of a later step; `latest` would take it. Remove it if it is not wanted", later)
         return state["step"]

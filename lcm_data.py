@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from lcm_options import UserError
+from lcm_options import UserError, redact
 from lcm_samples import CAPTION_SUFFIXES, IMAGE_SUFFIXES, Problem, Unusable, collate, decode_sample, read_shard
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def expand_shards(patterns):
         try:
             expanded = list(braceexpand.braceexpand(os.path.expanduser(pattern)))
         except ValueError as error:
-            raise UserError(f"--train_shards_path_or_url: {pattern!r}: {error}") from None
+            raise UserError(f"--train_shards_path_or_url: {redact(pattern)!r}: {error}") from None
         for shard in filter(None, expanded):
             is_local = not shard.startswith("pipe:") and "://" not in shard
             is_wildcard = is_local and glob.has_magic(shard) and not os.path.isfile(shard)
@@ -121,7 +121,7 @@ def expand_shards(patterns):
     if missing and present:
         logger.warning("%d of %d shards do not exist, for example %s", len(missing), len(shards), min(missing))
     if not present:
-        raise UserError(f"--train_shards_path_or_url: {' '.join(patterns)!r} matches no shard")
+        raise UserError(f"--train_shards_path_or_url: {redact(' '.join(patterns))!r} matches no shard")
     return present
 
 
@@ -301,7 +301,7 @@ class TrainingData:
         for problem in problems:
             self.skipped[problem.reason] += 1
             if self.skipped[problem.reason] == 1:
-                logger.warning("Skipped: %s (%s). Further ones are counted.", problem.reason, problem.detail)
+                logger.warning("Skipped: %s (%s). Further ones are counted.", problem.reason, redact(problem.detail))
 
     def __iter__(self):
         loader = torch.utils.data.DataLoader(

@@ -1,6 +1,5 @@
 """What a finished run leaves behind: networks, the matching scheduler, a model card, and all of it on the Hub."""
 
-import copy
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
 import lcm_data
 from lcm_checkpoint import whole_folder
-from lcm_options import UserError, first_line
+from lcm_options import UserError, default_guidance_scale, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ def lcm_scheduler(noise_schedule, args):
 def usage_code(args, teacher, source, subfolder=None):
     """Python that samples from the U-Net at `source`, a folder or repository of this run's."""
     low, high = args.w_min + 1, args.w_max + 1
-    scale = min(max(7.5, low), high)
+    scale, steps = default_guidance_scale(args), min(4, args.num_ddim_timesteps)
     unet = f'"{source}", subfolder="{subfolder}"' if subfolder else f'"{source}", variant="fp16"'
     return f"""\
 import torch
@@ -44,7 +43,7 @@ pipeline = DiffusionPipeline.from_pretrained(
 
 # Trained for guidance scales from {low:g} to {high:g}.
 prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
-image = pipeline(prompt, num_inference_steps={min(4, args.num_ddim_timesteps)}, guidance_scale={scale:g}).images[0]
+image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={scale:g}).images[0]
 """
 
 
@@ -54,10 +53,19 @@ def teacher_name(args):
     return os.path.basename(os.path.normpath(teacher)) if os.path.isdir(teacher) else teacher
 
 
+def base_licence(args):
+    """The licence on the teacher's card on the Hub, None where it cannot be had."""
+    try:
+        return ModelCard.load(args.pretrained_teacher_model).data.license
+    except Exception:  # no card, no network
+        return None
+
+
 def model_card(args, code, picture, steps):
     """The model card: what this is, how to sample from it (`code`), how it was trained."""
     is_local = os.path.isdir(args.pretrained_teacher_model)
     data = ModelCardData(
+        license=None if is_local else base_licence(args),
         base_model=None if is_local else args.pretrained_teacher_model,
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -105,34 +113,35 @@ class Export:
     """Saves what was trained and, if asked, pushes it. The repository is made at once, so that a wrong name or a
     missing token shows before training; raises UserError then.
 
-    `networks` maps folder names to diffusers models (wrapped or not); `pushed` names the one for the Hub.
+    `networks` maps folder names to the diffusers models, unwrapped; `pushed` names the one for the Hub.
     """
 
     def __init__(self, accelerator, args, networks, scheduler, pushed):
         self.accelerator, self.args, self.scheduler, self.pushed = accelerator, args, scheduler, pushed
-        self.networks = {
-            name: accelerator.unwrap_model(network, keep_torch_compile=False) for name, network in networks.items()
-        }
+        self.networks = networks
         if args.push_to_hub and accelerator.is_main_process:
             name = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
             try:
                 self.repo_id = create_repo(name, exist_ok=True, private=args.hub_private, token=args.hub_token).repo_id
             except Exception as error:
-                raise UserError(
-                    f"--push_to_hub: cannot make the repository {name!r}: {first_line(error)}"
-                ) from error
+                raise UserError(f"--push_to_hub: cannot make {name!r} on the Hub: {first_line(error)}") from error
 
     def finish(self, steps, seconds, data):
         """Write the networks, the scheduler and the card to `output_dir`, push, and say where everything is."""
         num_used, skipped = data.totals()
         if self.accelerator.is_main_process:
             output_dir = self.args.output_dir
-            for name, part in {**self.networks, "scheduler": self.scheduler}.items():
-                with whole_folder(os.path.join(output_dir, name)) as folder:
-                    part.save_pretrained(folder)
             code = usage_code(self.args, self.args.pretrained_teacher_model, output_dir, self.pushed)
-            card = model_card(self.args, code, f"validation/step-{steps:06d}.png", steps)
-            card.save(os.path.join(output_dir, "README.md"))
+            try:
+                for name, part in {**self.networks, "scheduler": self.scheduler}.items():
+                    with whole_folder(os.path.join(output_dir, name)) as folder:
+                        part.save_pretrained(folder)
+                card = model_card(self.args, code, f"validation/step-{steps:06d}.png", steps)
+                card.save(os.path.join(output_dir, "README.md"))
+            except Exception as error:  # for a full disk safetensors raises an error of its own
+                raise UserError(
+                    f"--output_dir: cannot write to {output_dir!r}: {first_line(error)}; checkpoints are intact"
+                ) from error
             print(
                 f"\nTrained to step {steps}, {seconds:.0f} s in this session; {num_used} samples used, "
                 f"skipped: {lcm_data.describe(skipped)}.\n"
@@ -141,9 +150,9 @@ class Export:
                 f"{output_dir}/validation: pictures; {output_dir}/{self.args.logging_dir}: logs\n\n"
                 f"{code}"
             )
-            if self.args.push_to_hub:
-                self.push(steps)
-        self.accelerator.end_training()
+        self.accelerator.end_training()  # the trackers' run is complete, whatever becomes of the upload
+        if self.args.push_to_hub and self.accelerator.is_main_process:
+            self.push(steps)
 
     def push(self, steps):
         """Upload the pushed network to the repository's root, in float32 and as fp16 variant, with scheduler and card.
@@ -155,9 +164,12 @@ class Export:
         picture = os.path.join(self.args.output_dir, "validation", f"step-{steps:06d}.png")
         with tempfile.TemporaryDirectory() as folder:
             network.save_pretrained(folder)
-            copy.deepcopy(network).to("cpu", torch.float16).save_pretrained(folder, variant="fp16")
+            half = type(network).from_pretrained(folder, dtype=torch.float16)  # on the CPU: the GPU may be full
+            half.register_to_config(_name_or_path="")
+            half.save_pretrained(folder, variant="fp16")
             self.scheduler.save_pretrained(os.path.join(folder, "scheduler"))
-            shutil.copy(picture, os.path.join(folder, "validation.png"))
+            if os.path.isfile(picture):
+                shutil.copy(picture, os.path.join(folder, "validation.png"))
             card = model_card(
                 self.args, usage_code(self.args, teacher_name(self.args), self.repo_id), "validation.png", steps
             )

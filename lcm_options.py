@@ -13,13 +13,15 @@ import os
 import re
 import sys
 
-TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
 VALIDATION_PROMPTS = [
     "a watercolour of a lighthouse on a cliff at dusk, gentle waves, warm light in the windows",
     "portrait of an old fisherman in a yellow raincoat, shallow depth of field, overcast morning",
     "a bowl of ramen on a wooden counter, steam, neon signs out of focus behind it",
     "a small red fox asleep in fresh snow, soft light, detailed fur",
 ]
+
+
+BEFORE_ERROR = []  # callables that `run` calls before it prints an error; the progress bar puts its `close` here
 
 
 class UserError(Exception):
@@ -238,7 +240,7 @@ def add_precision_options(parser):
         help="Precision of the networks' arithmetic. If unset, what `accelerate config` says. Trained weights stay "
              "float32. fp16 needs a GPU.")
     add("--allow_tf32", action="store_true",
-        help="Let float32 matrix products on Ampere and later run as TF32.")
+        help="Let float32 matrix products on Ampere and later run as TF32, as PyTorch lets convolutions anyway.")
     add("--cast_teacher_unet", action="store_true",
         help="Hold the teacher's weights in the mixed precision too: half its memory.")
     add("--gradient_checkpointing", action="store_true",
@@ -294,9 +296,8 @@ def parse(parser, argv=None):
          f"{most} given; allowed: at most --num_ddim_timesteps, {args.num_ddim_timesteps}")
     need(not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes"), "--use_8bit_adam",
          "the package bitsandbytes is not installed")
-    package = TRACKER_PACKAGES.get(args.report_to)
-    need(package is None or importlib.util.find_spec(package), "--report_to",
-         f"{args.report_to} given, but the package {package} is not installed")
+    need(args.report_to in ("all", "none") or importlib.util.find_spec(args.report_to), "--report_to",
+         f"{args.report_to} given, but that package is not installed")
     need(not (args.report_to in ("wandb", "comet_ml", "all") and args.hub_token), "--hub_token",
          "the tracker would record it with the command line; use `hf auth login` or HF_TOKEN instead")
     existing = os.path.abspath(args.output_dir)
@@ -322,9 +323,21 @@ def first_line(error):
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def redact(text):
+    """`text` without the access tokens that addresses of shards may hold."""
+    return re.sub(r"(?i)(bearer\s+|hf_)[\w.-]{8,}", r"\1***", text)
+
+
 def public_options(args):
-    """The options as a dict that may be logged, stored and shown: without the access token."""
-    return {name: value for name, value in vars(args).items() if name != "hub_token"}
+    """The options as a dict that may be logged, stored and shown: without access tokens."""
+    options = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    options["train_shards_path_or_url"] = [redact(pattern) for pattern in args.train_shards_path_or_url]
+    return options
+
+
+def default_guidance_scale(args):
+    """What a pipeline is given where nobody asks for more: 7.5, moved into the range of the training."""
+    return min(max(7.5, args.w_min + 1), args.w_max + 1)
 
 
 def run(train, args):
@@ -333,8 +346,11 @@ def run(train, args):
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    BEFORE_ERROR.clear()
     try:
         train(args)
     except UserError as error:
+        for call in BEFORE_ERROR:
+            call()
         print(f"{error}".replace("\n", " "), file=sys.stderr)
         sys.exit(1)

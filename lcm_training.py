@@ -4,23 +4,27 @@ Nothing here knows which script called it, or owns the loop over steps. Shapes: 
 """
 
 import logging
+import math
 import os
 import secrets
 import sys
 import time
+from datetime import timedelta
 
 import diffusers
 import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 
-from lcm_checkpoint import stored_seed
-from lcm_options import UserError, first_line, public_options
+from lcm_checkpoint import check_resume, stored_seed
+from lcm_options import BEFORE_ERROR, UserError, first_line, public_options
 
 logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 50  # the scaler halves its scale of 65536 at each: by then no scale is left
 
 
 # Start-up.
@@ -37,9 +41,17 @@ def start(args):
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
+            # Processes wait for the main one while it saves and draws; the default would end them after 10 minutes.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"accelerate cannot start: {error}") from None
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"accelerate cannot start: {first_line(error)}") from None
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA") or accelerator.mixed_precision == "fp8":
+        raise UserError(
+            f"accelerate config: {kind} with mixed precision {accelerator.mixed_precision} is not supported; allowed: "
+            "one process, or several with DistributedDataParallel, in no, fp16 or bf16"
+        )
     is_main = accelerator.is_main_process
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",
@@ -56,14 +68,12 @@ def start(args):
     diffusers.utils.logging.disable_progress_bar()
 
     if args.seed is None:
-        args.seed = stored_seed(args)
-    if args.seed is None:
-        args.seed = broadcast_object_list([secrets.randbelow(2**31)])[0]
-        logger.info("--seed was not given; drew %d", args.seed)
+        seed = stored_seed(args) if is_main else None
+        args.seed = broadcast_object_list([secrets.randbelow(2**31) if seed is None else seed])[0]
+        logger.info("--seed was not given; %s %d", "drew" if seed is None else "the checkpoint's is", args.seed)
     set_seed((args.seed + accelerator.process_index) % 2**32)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
         logger.warning(
             "--gradient_accumulation_steps: %d given, but `accelerate config` says %d "
@@ -75,8 +85,11 @@ def start(args):
     args.mixed_precision = accelerator.mixed_precision  # what holds, for the card, the checkpoints and a resume
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         logger.warning("--mixed_precision: fp16 needs a GPU; on this CPU everything is computed in float32")
-    if is_main:
+    check_resume(args, accelerator.num_processes)
+    try:
         os.makedirs(args.output_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir: {error}") from None
     accelerator.wait_for_everyone()
     return accelerator
 
@@ -249,8 +262,13 @@ def enable_memory_savers(args, accelerator, student, others):
                 "--enable_xformers_memory_efficient_attention: needs xformers and CUDA; using PyTorch's own attention"
             )
         else:
-            for network in (student, *others):
-                network.enable_xformers_memory_efficient_attention()
+            try:
+                for network in (student, *others):
+                    network.enable_xformers_memory_efficient_attention()
+            except Exception as error:  # built for another torch or GPU: diffusers' trial of it fails
+                for network in (student, *others):
+                    network.disable_xformers_memory_efficient_attention()
+                logger.warning("--enable_xformers_memory_efficient_attention: %s; using PyTorch's", first_line(error))
 
 
 def make_optimizer(args, parameters, num_processes):
@@ -329,27 +347,43 @@ class Progress:
             dynamic_ncols=True,
             smoothing=0.1,
         )
+        BEFORE_ERROR.append(self.bar.close)
         self.started = self.last = time.perf_counter()
         self.losses = []
+        self.skipped_in_a_row = 0
+
+    def restart_clock(self):
+        """Leave what was done since the last step, pictures and checkpoints, out of the speed that is shown."""
+        self.last = time.perf_counter()
 
     def add_loss(self, loss):
         """Keep the loss of one forward pass, a scalar tensor, without waiting for it."""
         self.losses.append(loss.detach())
 
-    def mean_loss(self, step):
+    def mean_loss(self, step, gradient_norm):
         """The loss of an optimizer step: mean over its forward passes and over processes; waits for the device.
 
-        Raises UserError, on all processes alike, if it is not finite; called before the optimizer steps.
+        Called before the optimizer steps. Raises UserError, on all processes alike, if the loss or the gradient's norm
+        (a scalar tensor) is not finite. With fp16 the gradient scaler skips a step whose gradients overflow, so that
+        only many such steps in a row are an error.
         """
-        loss = self.accelerator.reduce(torch.stack(self.losses).mean(), reduction="mean").item()
+        loss = self.accelerator.reduce(torch.stack(self.losses).mean(), reduction="mean")
+        loss, norm = torch.stack([loss, gradient_norm.to(loss)]).tolist()  # one wait for both
         self.losses.clear()
-        if not np.isfinite(loss):
-            self.bar.close()
-            raise UserError(
-                f"the loss is {loss} at step {step}; training stops before the weights are touched, and the last "
-                "checkpoint is as it was. A lower --learning_rate, or bf16 in place of fp16, is the usual cure"
-            )
-        return loss
+        has_scaler = self.accelerator.scaler is not None
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if has_scaler and not math.isfinite(norm) else 0
+        if not math.isfinite(loss):
+            problem = f"the loss is {loss}"
+        elif not math.isfinite(norm) and not has_scaler:
+            problem = f"the norm of the gradients is {norm}"
+        elif self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            problem = f"the gradients overflowed fp16 {MAX_SKIPPED_IN_A_ROW} times in a row"
+        else:
+            return loss
+        raise UserError(
+            f"{problem} at step {step}; training stops before the weights are touched, and the last checkpoint is as "
+            "it was. A lower --learning_rate, or bf16 in place of fp16, is the usual cure"
+        )
 
     def step(self, step, loss, learning_rate):
         """Show and log one finished optimizer step."""

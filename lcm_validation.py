@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from lcm_options import default_guidance_scale, first_line
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,7 +61,7 @@ class Validation:
     def __init__(self, accelerator, args, make_pipeline):
         self.accelerator, self.args, self.make_pipeline = accelerator, args, make_pipeline
         scale = args.validation_guidance_scale
-        self.guidance_scale = scale if scale is not None else min(max(7.5, args.w_min + 1), args.w_max + 1)
+        self.guidance_scale = default_guidance_scale(args) if scale is None else scale
 
     @torch.no_grad()
     def draw(self, networks):
@@ -68,31 +70,37 @@ class Validation:
         columns = [(name, steps) for name in networks for steps in args.validation_num_inference_steps]
         rows = [[] for _ in args.validation_prompts]
         for name, steps in columns:
-            network = self.accelerator.unwrap_model(networks[name], keep_torch_compile=False)
+            network = networks[name]
             was_training = network.training
             pipeline = self.make_pipeline(network.eval())
             pipeline.set_progress_bar_config(disable=True)
-            for row, prompt in zip(rows, args.validation_prompts, strict=True):
-                generator = torch.Generator(self.accelerator.device).manual_seed(args.seed)
-                with self.accelerator.autocast():
-                    row += pipeline(
-                        prompt,
-                        height=args.resolution,
-                        width=args.resolution,
-                        num_inference_steps=steps,
-                        guidance_scale=self.guidance_scale,
-                        generator=generator,
-                    ).images
-            network.train(was_training)
+            try:
+                for row, prompt in zip(rows, args.validation_prompts, strict=True):
+                    generator = torch.Generator(self.accelerator.device).manual_seed(args.seed)
+                    with self.accelerator.autocast():
+                        row += pipeline(
+                            prompt,
+                            height=args.resolution,
+                            width=args.resolution,
+                            num_inference_steps=steps,
+                            guidance_scale=self.guidance_scale,
+                            generator=generator,
+                        ).images
+            finally:
+                network.train(was_training)
         return rows, [f"{name}\n{steps} step{'s' * (steps > 1)}" for name, steps in columns]
 
     def run(self, step, networks):
         """Draw with `networks` (label -> U-Net), write `validation/step-NNNNNN.png`, and tell every tracker.
 
-        The main process draws and the others wait for it.
+        `networks` are unwrapped. The main process draws and the others wait for it. A failure is logged: pictures are
+        not worth a run.
         """
         if self.accelerator.is_main_process:
-            self.show(step, networks)
+            try:
+                self.show(step, networks)
+            except Exception as error:  # out of memory, a full disk, a tracker without network
+                logger.warning("No pictures at step %d: %s", step, first_line(error))
         self.accelerator.wait_for_everyone()
 
     def show(self, step, networks):

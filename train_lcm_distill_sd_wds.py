@@ -114,7 +114,9 @@ def train(args):
     optimizer = lcm_training.make_optimizer(args, student.parameters(), accelerator.num_processes)
     lr_scheduler = lcm_training.make_lr_scheduler(args, optimizer)
     student, optimizer = accelerator.prepare(student, optimizer)
-    networks = {"unet": student, "unet_target": target}
+    # Without the wrappers of DistributedDataParallel and torch.compile: the same weights under their plain names.
+    networks = {"unet": accelerator.unwrap_model(student, keep_torch_compile=False), "unet_target": target}
+    pictured = {"student": networks["unet"], "EMA": target}
     checkpoints = lcm_checkpoint.Checkpoints(accelerator, args, networks, data, lr_scheduler)
     scheduler = lcm_export.lcm_scheduler(schedule, args)
     validation = lcm_validation.Validation(
@@ -186,8 +188,8 @@ def train(args):
             accelerator.backward(loss)
             progress.add_loss(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
-                mean_loss = progress.mean_loss(step + 1)
+                gradient_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+                mean_loss = progress.mean_loss(step + 1, gradient_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -195,7 +197,7 @@ def train(args):
             continue
         learning_rate = lr_scheduler.get_last_lr()[0]
         if not accelerator.optimizer_step_was_skipped:
-            update_ema(target, accelerator.unwrap_model(student, keep_torch_compile=False), args.ema_decay)
+            update_ema(target, networks["unet"], args.ema_decay)
             lr_scheduler.step()
         step += 1
         progress.step(step, mean_loss, learning_rate)
@@ -204,9 +206,10 @@ def train(args):
         if step >= args.max_train_steps:
             break
         if step % args.validation_steps == 0:
-            validation.run(step, {"student": student, "EMA": target})
+            validation.run(step, pictured)
+        progress.restart_clock()
 
-    validation.run(step, {"student": student, "EMA": target})
+    validation.run(step, pictured)
     export.finish(step, progress.close(), data)
 
 

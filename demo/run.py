@@ -58,15 +58,16 @@ def train(args):
         "loss_type": "huber",
         "dataloader_num_workers": 1,
         "checkpoints_total_limit": 1,
-        "validation_num_inference_steps": "1 2 4",
+        "validation_num_inference_steps": (1, 2, 4),
+        "validation_prompts": SHOWN,
         "validation_guidance_scale": GUIDANCE_SCALE,
         "seed": args.seed,
     }
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     command += ["--mixed_precision=no", "--dynamo_backend=no", "train_lcm_distill_sd_wds.py"]
     for name, value in options.items():
-        command += [f"--{name}", *str(value).split(" ")]
-    command += ["--validation_prompts", *SHOWN, *args.more]
+        command += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    command += args.more
     print(shlex.join(command), flush=True)
     subprocess.run(command, cwd=ROOT, check=True)
 
@@ -179,6 +180,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of training and sampling (default: 0)")
     parser.add_argument("--only_compare", action="store_true", help="do not train; sample what --output_dir holds")
     args, args.more = parser.parse_known_args(argv)
+    args.output_dir = os.path.abspath(args.output_dir)
     if args.num_images < 100:
         parser.error("--num_images: at least 100, one for each caption")
 

@@ -1,6 +1,7 @@
 """The Stable Diffusion script, run for real on tiny models: in process and by `accelerate launch`."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -337,6 +338,96 @@ def test_loss_that_is_not_a_number_stops_before_the_step(teacher, shards, tmp_pa
     assert not (tmp_path / "unet").exists()
 
 
+def test_gradient_that_is_not_a_number_stops_before_the_step(teacher, shards, tmp_path, monkeypatch, capsys):
+    from accelerate import Accelerator
+
+    clip, calls = Accelerator.clip_grad_norm_, []
+
+    def breaking(self, parameters, *args):
+        calls.append(1)
+        return clip(self, parameters, *args) * (float("inf") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", breaking)
+    with pytest.raises(SystemExit):
+        main(sd_options(teacher, shards, tmp_path, "--checkpointing_steps=1", "--max_train_steps=6"))
+    assert "the norm of the gradients is inf at step 3" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_failed_pictures_cost_nothing_but_pictures(teacher, shards, tmp_path, monkeypatch, capfd):
+    import lcm_validation
+
+    def out_of_memory(*args):
+        raise RuntimeError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lcm_validation.Validation, "show", out_of_memory)
+        main(sd_options(teacher, shards, tmp_path / "without", "--validation_steps=2"))
+    assert "No pictures at step 2: CUDA out of memory" in capfd.readouterr().err
+    main(sd_options(teacher, shards, tmp_path / "with", "--validation_steps=2"))
+    assert_same_weights(tmp_path / "without", tmp_path / "with")
+
+
+DISK_FULL = """
+import resource, signal, sys
+import lcm_checkpoint
+from train_lcm_distill_sd_wds import main
+
+save = lcm_checkpoint.Checkpoints.save
+
+def save_on_a_full_disk(self, step):
+    if step == 4:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    save(self, step)
+
+lcm_checkpoint.Checkpoints.save = save_on_a_full_disk
+main(sys.argv[1:])
+"""
+
+
+def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(teacher, shards, tmp_path):
+    """No file can grow past 100 kB while the second checkpoint is written: the libraries' own errors, for real."""
+    more = ["--checkpointing_steps=2", "--checkpoints_total_limit=1"]
+    done = run_python("-c", DISK_FULL, *sd_options(teacher, shards, tmp_path, *more), check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("--output_dir: cannot write")
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    main(sd_options(teacher, shards, tmp_path, *more, "--resume_from_checkpoint=latest"))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_folder_that_was_just_being_replaced_is_put_back(tmp_path):
+    """A kill between the two renames of `publish_folder`; what is not ours is left alone."""
+    for name in ("unet.old.partial", "unet.partial", "checkpoint-3.partial", "mine.partial"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "unet.old.partial" / "weights").touch()
+    (tmp_path / "notes.partial").touch()
+    lcm_checkpoint.remove_leftovers(tmp_path, ["unet", "scheduler"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.partial", "notes.partial", "unet"]
+    assert (tmp_path / "unet" / "weights").exists()
+
+
+def test_token_in_a_shard_address_is_stored_and_logged_nowhere(teacher, shards, tmp_path, capfd):
+    first = shards.replace("{00000..00002}", "00000")
+    address = f"pipe:true 'Authorization: Bearer hf_abcdefghij'; cat {first}"
+    broken = "pipe:echo hf_abcdefghij"
+    options = sd_options(teacher, address, tmp_path, f"--train_shards_path_or_url={broken}", "--report_to=tensorboard")
+    main([*options, "--checkpointing_steps=8", "--max_train_steps=16"])
+    captured = capfd.readouterr()
+    assert "hf_***" in captured.err and "hf_abcdefghij" not in captured.err + captured.out
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or b"hf_abcdefghij" not in path.read_bytes(), path
+
+
+def test_deepspeed_is_refused_in_one_line(teacher, shards, tmp_path):
+    env = {**os.environ, "ACCELERATE_USE_DEEPSPEED": "true"}
+    done = run_python(SCRIPT, *sd_options(teacher, shards, tmp_path), env=env, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("accelerate")
+
+
 # As users start it.
 
 
@@ -423,5 +514,5 @@ def test_wrong_token_shows_before_training(teacher, shards, tmp_path):
         options = sd_options(teacher, shards, tmp_path / "out", "--push_to_hub")
         done = run_python(SCRIPT, *options, env=env, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("--push_to_hub: cannot make the repository 'out'")
+    assert done.stderr.splitlines()[-1].startswith("--push_to_hub: cannot make 'out' on the Hub")
     assert "Steps" not in done.stderr
