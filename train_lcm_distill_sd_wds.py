@@ -44,8 +44,9 @@ def parse_args(argv=None):
 def load_models(args, accelerator):
     """The frozen teacher, the student that is trained, and the target, its moving average.
 
-    The student is the teacher plus a guidance projection, which starts at zero: at step 0 student and teacher are the
-    same function for every w. Weights are float32; the teacher's are the mixed precision with `--cast_teacher_unet`.
+    The student is the teacher plus a guidance projection, which starts at random, the same on every process. Starting
+    it at zero, so that the student is the teacher at step 0, was tried on the demo and was worse (README). Weights are
+    float32; the teacher's are the mixed precision with `--cast_teacher_unet`.
     """
     import torch
     from diffusers import UNet2DConditionModel
@@ -62,7 +63,8 @@ def load_models(args, accelerator):
     teacher.register_to_config(_name_or_path="")  # a local path would travel into every saved config.json
     student = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=args.unet_time_cond_proj_dim)
     student.load_state_dict(teacher.state_dict(), strict=False)
-    torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    generator = torch.Generator().manual_seed(args.seed)
+    torch.nn.init.kaiming_uniform_(student.time_embedding.cond_proj.weight, a=5**0.5, generator=generator)
     target = UNet2DConditionModel.from_config(student.config)
     target.load_state_dict(student.state_dict())
 

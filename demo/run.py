@@ -164,7 +164,8 @@ def draw(captions, rows, path):
     chosen = [captions.index(caption) for caption in SHOWN]
     pictures = [[Image.fromarray(r["pictures"][i].permute(1, 2, 0).numpy()) for r in rows] for i in chosen]
     labels = [
-        f"{r['network']}\n{r['steps']} step{'s' * (r['steps'] > 1)}\n{r['sampler']}, {r['guidance']:g}" for r in rows
+        f"{r['network']}\n{r['steps']} step{'s' * (r['steps'] > 1)}\n{r['sampler']}\nguidance {r['guidance']:g}"
+        for r in rows
     ]
     starts = [i for i in range(1, len(rows)) if rows[i]["steps"] != rows[i - 1]["steps"]]
     picture_grid(pictures, SHOWN, labels, cell_size=96, group_gap=starts).save(path)

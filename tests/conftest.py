@@ -30,11 +30,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """accelerate keeps device and precision for the life of a process; give every test its own."""
+    """accelerate keeps device and precision for the life of a process, and `--local_rank` sets the environment."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+    os.environ.pop("LOCAL_RANK", None)
 
 
 def make_teacher(folder, seed=0, unet_config=None, scheduler_config=None, vae_config=None):

@@ -126,21 +126,33 @@ def test_closing_lines_can_be_run(teacher, shards, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("cast", [False, True])
-def test_student_equals_teacher_at_step_zero(teacher, shards, tmp_path, cast):
+def test_student_is_the_teacher_plus_a_guidance_projection(teacher, shards, tmp_path, cast):
     more = ["--mixed_precision=bf16", "--cast_teacher_unet"] if cast else []
     args = parse_args(sd_options(teacher, shards, tmp_path, *more))
     teacher_unet, student, target = load_models(args, lcm_training.start(args))
     assert teacher_unet.dtype == (torch.bfloat16 if cast else torch.float32)
-    z, t = torch.randn(2, 4, 8, 8), torch.tensor([19, 999])
-    hidden = torch.randn(2, 16, 16)
-    teacher_unet.float()
+    z, t, hidden = torch.randn(2, 4, 8, 8), torch.tensor([19, 999]), torch.randn(2, 16, 16)
+    w_emb = torch.randn(2, 16)
     for network in (student, target):
         assert network.dtype == torch.float32
-        output = network(z, t, hidden, timestep_cond=torch.randn(2, 16)).sample
         if not cast:
-            assert torch.equal(output, teacher_unet(z, t, hidden).sample)
+            without_guidance = network(z, t, hidden, timestep_cond=0 * w_emb).sample
+            assert torch.equal(without_guidance, teacher_unet(z, t, hidden).sample)
+            assert not torch.equal(without_guidance, network(z, t, hidden, timestep_cond=w_emb).sample)
+    assert torch.equal(student.time_embedding.cond_proj.weight, target.time_embedding.cond_proj.weight)
     assert student.training and not target.training and not teacher_unet.training
     assert not any(p.requires_grad for network in (teacher_unet, target) for p in network.parameters())
+
+
+def test_guidance_projection_is_the_same_on_every_process(teacher, shards, tmp_path):
+    """Each process seeds the global generators differently; the target is never broadcast, so this must not matter."""
+    args = parse_args(sd_options(teacher, shards, tmp_path))
+    accelerator = lcm_training.start(args)
+    projections = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        projections.append(load_models(args, accelerator)[2].time_embedding.cond_proj.weight)
+    assert torch.equal(*projections)
 
 
 def test_first_loss_is_that_of_the_formulas(teacher, shards, tmp_path, monkeypatch):
@@ -161,7 +173,9 @@ def test_first_loss_is_that_of_the_formulas(teacher, shards, tmp_path, monkeypat
     monkeypatch.setattr(lcm_training.Progress, "step", lambda self, step, loss, lr: losses.append(loss))
     main(sd_options(teacher, shards, tmp_path, "--max_train_steps=1", "--validation_steps=9"))
 
-    pipeline = StableDiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(teacher)
+    args = parse_args(sd_options(teacher, shards, tmp_path))
+    _, student, _ = load_models(args, lcm_training.start(args))
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     scheduler.set_timesteps(50)
     generator = lcm_training.step_generator(0, 0, 0, "cpu")
@@ -191,8 +205,9 @@ def test_first_loss_is_that_of_the_formulas(teacher, shards, tmp_path, monkeypat
             alpha, alpha_previous = scheduler.alphas_cumprod[t], scheduler.alphas_cumprod[previous]
             x_0 = (z - (1 - alpha).sqrt() * guided) / alpha.sqrt()
             z_n = alpha_previous.sqrt() * x_0 + (1 - alpha_previous).sqrt() * guided
-            f_student = consistent(predict(z, t, cond[i : i + 1]), z, t)
-            f_target = consistent(predict(z_n, previous, cond[i : i + 1]), z_n, previous)
+            w_emb = pipeline.get_guidance_scale_embedding(w[i : i + 1], embedding_dim=16)
+            f_student = consistent(student(z, t, cond[i : i + 1], timestep_cond=w_emb).sample, z, t)
+            f_target = consistent(student(z_n, previous, cond[i : i + 1], timestep_cond=w_emb).sample, z_n, previous)
             total += (f_student - f_target).square().mean() / 2
     assert losses[0] == pytest.approx(total.item(), rel=1e-4)
 
