@@ -443,6 +443,19 @@ def test_deepspeed_is_refused_in_one_line(teacher, shards, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("accelerate")
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("cast", [[], ["--cast_teacher_unet"]])
+def test_half_precision_on_a_gpu(teacher, shards, tmp_path, precision, cast):
+    """Trains, draws, saves and goes on; the trained weights stay float32 and finite."""
+    more = [f"--mixed_precision={precision}", "--checkpointing_steps=2", "--gradient_checkpointing", *cast]
+    main(sd_options(teacher, shards, tmp_path, *more))
+    main(sd_options(teacher, shards, tmp_path, *more, "--resume_from_checkpoint=latest", "--max_train_steps=6"))
+    for tensor in weights(tmp_path).values():
+        assert tensor.dtype == torch.float32 and tensor.isfinite().all()
+    assert (tmp_path / "validation" / "step-000006.png").exists()
+
+
 # As users start it.
 
 
