@@ -45,8 +45,8 @@ def load_models(args, accelerator):
     """The frozen teacher, the student that is trained, and the target, its moving average.
 
     The student is the teacher plus a guidance projection, which starts at random, the same on every process. Starting
-    it at zero, so that the student is the teacher at step 0, was tried on the demo and was worse (README). Weights are
-    float32; the teacher's are the mixed precision with `--cast_teacher_unet`.
+    it at zero, so that the student is the teacher at step 0, was tried on the demo and did not help (README). Weights
+    are float32; the teacher's are the mixed precision with `--cast_teacher_unet`.
     """
     import torch
     from diffusers import UNet2DConditionModel
