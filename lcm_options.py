@@ -297,7 +297,7 @@ def parse(parser, argv=None):
     need(not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes"), "--use_8bit_adam",
          "the package bitsandbytes is not installed")
     need(args.report_to in ("all", "none") or importlib.util.find_spec(args.report_to), "--report_to",
-         f"{args.report_to} given, but that package is not installed")
+         f"{args.report_to} given, but the package {args.report_to} is not installed")
     need(not (args.report_to in ("wandb", "comet_ml", "all") and args.hub_token), "--hub_token",
          "the tracker would record it with the command line; use `hf auth login` or HF_TOKEN instead")
     existing = os.path.abspath(args.output_dir)
