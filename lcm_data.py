@@ -101,6 +101,11 @@ class Item:
         return self
 
 
+def is_local(shard):
+    """True for a path, False for an address or a command."""
+    return not shard.startswith("pipe:") and "://" not in shard
+
+
 def expand_shards(patterns):
     """List every shard that the option's values name: brace ranges, `::`-joined lists, local wildcards.
 
@@ -113,10 +118,9 @@ def expand_shards(patterns):
         except ValueError as error:
             raise UserError(f"--train_shards_path_or_url: {redact(pattern)!r}: {error}") from None
         for shard in filter(None, expanded):
-            is_local = not shard.startswith("pipe:") and "://" not in shard
-            is_wildcard = is_local and glob.has_magic(shard) and not os.path.isfile(shard)
+            is_wildcard = is_local(shard) and glob.has_magic(shard) and not os.path.isfile(shard)
             shards += (is_wildcard and sorted(glob.glob(shard))) or [shard]
-    missing = {s for s in shards if not s.startswith("pipe:") and "://" not in s and not os.path.isfile(s)}
+    missing = {shard for shard in shards if is_local(shard) and not os.path.isfile(shard)}
     present = tuple(s for s in shards if s not in missing)
     if missing and present:
         logger.warning("%d of %d shards do not exist, for example %s", len(missing), len(shards), min(missing))

@@ -154,23 +154,21 @@ def load_noise_schedule(args):
     Raises UserError for a scheduler without betas (flow matching), for an unknown prediction type, and for epsilon
     prediction with zero terminal SNR, where the network's output at the last timestep says nothing about x_0.
     """
-    config = load_part(diffusers.DDPMScheduler, args, "scheduler").config
-    raw, _ = diffusers.DDPMScheduler.load_config(
+    schedule = load_part(diffusers.DDPMScheduler, args, "scheduler")
+    raw = diffusers.DDPMScheduler.load_config(  # what the file says, before defaults fill it up
         args.pretrained_teacher_model,
         subfolder="scheduler",
         cache_dir=args.cache_dir,
         revision=args.teacher_revision or args.revision,
-        return_unused_kwargs=True,
     )
-    option = "--pretrained_teacher_model"
+    option, prediction_type = "--pretrained_teacher_model", schedule.config.prediction_type
     if "beta_schedule" not in raw:
         raise UserError(f"{option}: its scheduler, {raw.get('_class_name')}, has no beta schedule to distil along")
-    if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+    if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise UserError(
-            f"{option}: its prediction type is {config.prediction_type!r}; allowed: epsilon, v_prediction, sample"
+            f"{option}: its prediction type is {prediction_type!r}; allowed: epsilon, v_prediction, sample"
         )
-    schedule = diffusers.DDPMScheduler.from_config(config)
-    if config.prediction_type == "epsilon" and schedule.alphas_cumprod[-1] < 1e-6:
+    if prediction_type == "epsilon" and schedule.alphas_cumprod[-1] < 1e-6:
         raise UserError(
             f"{option}: its schedule ends at zero signal (zero terminal SNR), where epsilon prediction determines no "
             "x_0; allowed with it: v_prediction, sample"
@@ -305,10 +303,15 @@ def make_lr_scheduler(args, optimizer):
 # The log.
 
 
+def samples_per_step(args, accelerator):
+    """How many samples one optimizer step sees, over all processes."""
+    return args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+
+
 def describe_run(args, accelerator, student, solver, data_config, steps_per_epoch):
     """Log what the run is about to do."""
     trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    total = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    total = samples_per_step(args, accelerator)
     epochs = f", {args.max_train_steps / steps_per_epoch:.3g} epochs of {steps_per_epoch}" if steps_per_epoch else ""
     guidance = f"w in [{args.w_min:g}, {args.w_max:g}], guidance_scale {args.w_min + 1:g} to {args.w_max + 1:g}"
     for line in (
@@ -337,7 +340,7 @@ class Progress:
 
     def __init__(self, accelerator, args, first_step):
         self.accelerator = accelerator
-        self.samples_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+        self.samples_per_step = samples_per_step(args, accelerator)
         self.bar = tqdm(
             total=args.max_train_steps,
             initial=first_step,
