@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, and enough to go on exactly.
 
 A folder `checkpoint-N` takes that name only when everything in it is on the disk, so a kill at any moment leaves the
-newest complete one usable. In it: the networks in the layout of diffusers, the optimizer, the random state of every
-process, and `training_state.json`: the step, the place in the data of every process, the options (never a token).
+newest complete one usable. In it: what is trained, in files that diffusers loads, the optimizer, the random state of
+every process, and `training_state.json`: the step, every process's place in the data, the options (never a token).
 """
 
 import contextlib
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
 PARTIAL = ".partial"  # ends the name of a folder that is still being written, or removed
+EXPORT = "export"  # begins the name of the folder in which the results are written before they take their places
 
 # What may differ when a run goes on: where things go and are shown, how long it is, how much memory it takes.
 MAY_CHANGE_ON_RESUME = {
@@ -43,16 +44,18 @@ def sync_to_disk(path):
         os.close(descriptor)
 
 
-def publish_folder(partial, path):
-    """Flush the complete folder `partial`, and give it the name `path` in place of what bore it."""
+def publish(partial, path):
+    """Flush the complete folder or file `partial`, and give it the name `path` in place of what bore it."""
     for parent, _, names in os.walk(partial):
         for name in (*names, ""):
             sync_to_disk(os.path.join(parent, name))
+    if os.path.isfile(partial):
+        sync_to_disk(partial)
     replaced = path + ".old" + PARTIAL
     shutil.rmtree(replaced, ignore_errors=True)
-    if os.path.exists(path):
+    if os.path.isdir(path):
         os.rename(path, replaced)
-    os.rename(partial, path)
+    os.replace(partial, path)
     sync_to_disk(os.path.dirname(path) or ".")
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -66,9 +69,9 @@ def remove_folder(path):
 def remove_leftovers(output_dir, names):
     """Remove the unfinished folders of a run that was killed; put back one that was just being replaced.
 
-    Only checkpoints and folders called one of `names` are ours to touch.
+    Only checkpoints, folders called one of `names`, and what `whole_entries` made are ours to touch.
     """
-    ours = re.compile(rf"(checkpoint-\d+|{'|'.join(names)})(\.old)?{re.escape(PARTIAL)}")
+    ours = re.compile(rf"(checkpoint-\d+|{EXPORT}|{'|'.join(map(re.escape, names))})(\.old)?{re.escape(PARTIAL)}")
     for name in os.listdir(output_dir):
         match, path = ours.fullmatch(name), os.path.join(output_dir, name)
         if match and match[2] and not os.path.exists(os.path.join(output_dir, match[1])):
@@ -78,11 +81,17 @@ def remove_leftovers(output_dir, names):
 
 
 @contextlib.contextmanager
-def whole_folder(path):
-    """Yield a folder to write into, which is given the name `path` if the block ends without an exception."""
-    os.makedirs(path + PARTIAL)
-    yield path + PARTIAL
-    publish_folder(path + PARTIAL, path)
+def whole_entries(output_dir):
+    """Yield a folder to write into; each file and folder in it moves to `output_dir` if the block ends well."""
+    folder = os.path.join(output_dir, EXPORT + PARTIAL)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+    try:
+        yield folder
+        for name in sorted(os.listdir(folder)):
+            publish(os.path.join(folder, name), os.path.join(output_dir, name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # Which checkpoint.
@@ -145,29 +154,26 @@ def check_resume(args, num_processes):
 class Checkpoints:
     """Saves and restores one run. All processes call all methods.
 
-    `networks` maps folder names to the diffusers models, unwrapped, that are saved; `data` and `lr_scheduler` have
+    `trained` is a FullModel or a LoraModel, with `save`, `load` and `outputs`; `data` and `lr_scheduler` have
     `state_dict` and `load_state_dict`, of plain numbers and lists.
     """
 
-    def __init__(self, accelerator, args, networks, data, lr_scheduler):
+    def __init__(self, accelerator, args, trained, data, lr_scheduler):
         self.accelerator, self.args, self.data, self.lr_scheduler = accelerator, args, data, lr_scheduler
-        self.networks = networks
-        accelerator.register_save_state_pre_hook(self.save_networks)
-        accelerator.register_load_state_pre_hook(self.load_networks)
+        self.trained = trained
+        accelerator.register_save_state_pre_hook(self.save_trained)
+        accelerator.register_load_state_pre_hook(self.load_trained)
 
-    def save_networks(self, models, weights, folder):
-        """accelerate's hook: write the networks for diffusers, instead of accelerate's own files."""
+    def save_trained(self, models, weights, folder):
+        """accelerate's hook: write what is trained in files that diffusers loads, instead of accelerate's own."""
         weights.clear()
         if self.accelerator.is_main_process:
-            for name, network in self.networks.items():
-                network.save_pretrained(os.path.join(folder, name))
+            self.trained.save(folder)
 
-    def load_networks(self, models, folder):
-        """accelerate's hook: read what `save_networks` wrote."""
+    def load_trained(self, models, folder):
+        """accelerate's hook: read what `save_trained` wrote."""
         models.clear()
-        for name, network in self.networks.items():
-            saved = type(network).from_pretrained(folder, subfolder=name)
-            network.load_state_dict(saved.state_dict())
+        self.trained.load(folder)
 
     def save(self, step):
         """Write `checkpoint-{step}`, then remove those beyond `--checkpoints_total_limit`.
@@ -190,7 +196,7 @@ class Checkpoints:
                 }
                 with open(os.path.join(folder + PARTIAL, STATE_FILE), "w", encoding="utf-8") as file:
                     json.dump(state, file, indent=2)
-                publish_folder(folder + PARTIAL, folder)
+                publish(folder + PARTIAL, folder)
                 limit = self.args.checkpoints_total_limit
                 others = [path for path in list_checkpoints(self.args.output_dir) if path != folder]
                 for old in others[: max(0, len(others) + 1 - limit)] if limit else []:
@@ -211,7 +217,7 @@ class Checkpoints:
         """
         folder = folder_to_resume(self.args)
         if self.accelerator.is_main_process:
-            remove_leftovers(self.args.output_dir, [*self.networks, "scheduler"])
+            remove_leftovers(self.args.output_dir, [*self.trained.outputs, "scheduler"])
         if folder is None:
             if self.args.resume_from_checkpoint:
                 logger.info("No checkpoint in %s; starting a new run", self.args.output_dir)

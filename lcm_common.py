@@ -164,14 +164,13 @@ def consistency_loss(prediction, target, loss_type="l2", huber_c=0.001):
 
 @torch.no_grad()
 def update_ema(target, source, decay):
-    """target <- decay target + (1 - decay) source, for every parameter of two modules with the same names.
+    """target <- decay target + (1 - decay) source, for two dicts of parameters with the same names.
 
     The targets keep their dtype and device. Raises ValueError, naming one, if a parameter is missing on a side.
     """
-    target_parameters, source_parameters = dict(target.named_parameters()), dict(source.named_parameters())
-    if target_parameters.keys() != source_parameters.keys():
-        odd = sorted(target_parameters.keys() ^ source_parameters.keys())
+    if target.keys() != source.keys():
+        odd = sorted(target.keys() ^ source.keys())
         raise ValueError(f"the EMA and its source differ in {len(odd)} parameters, among them {odd[0]}")
-    targets = list(target_parameters.values())
-    sources = [source_parameters[name].to(t.dtype) for name, t in target_parameters.items()]
+    targets = list(target.values())
+    sources = [source[name].to(t.dtype) for name, t in target.items()]
     torch._foreach_lerp_(targets, sources, 1 - decay)

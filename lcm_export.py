@@ -1,17 +1,18 @@
-"""What a finished run leaves behind: networks, the matching scheduler, a model card, and all of it on the Hub."""
+"""What a run leaves behind: what was trained, the scheduler that fits, a model card, and all of it on the Hub.
+
+`FullModel` here and `LoraModel` in `lcm_lora.py` know the files of what was trained; `Export` writes and pushes them.
+"""
 
 import json
 import logging
 import os
-import shutil
-import tempfile
 
 import torch
 from diffusers import LCMScheduler
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData, create_commit, create_repo
 
 import lcm_data
-from lcm_checkpoint import whole_folder
+from lcm_checkpoint import whole_entries
 from lcm_options import UserError, default_guidance_scale, first_line
 
 logger = logging.getLogger(__name__)
@@ -26,25 +27,79 @@ def lcm_scheduler(noise_schedule, args):
     )
 
 
-def usage_code(args, teacher, source, subfolder=None):
-    """Python that samples from the U-Net at `source`, a folder or repository of this run's."""
-    low, high = args.w_min + 1, args.w_max + 1
-    scale, steps = default_guidance_scale(args), min(4, args.num_ddim_timesteps)
-    unet = f'"{source}", subfolder="{subfolder}"' if subfolder else f'"{source}", variant="fp16"'
-    return f"""\
+class FullModel:
+    """A whole U-Net that was trained, and its moving average, in the layout of diffusers.
+
+    `networks` maps folder names to the models, unwrapped; `exported` names the one to sample from, which
+    `scheduler` fits.
+    """
+
+    title = "A latent consistency model"
+    tags = ["latent-consistency-model", "stable-diffusion", "text-to-image"]
+    relation = "finetune"
+
+    def __init__(self, args, networks, exported, scheduler):
+        self.args, self.networks, self.exported, self.scheduler = args, networks, exported, scheduler
+        self.outputs = [*networks, "scheduler"]
+
+    def save(self, folder):
+        """Write what a checkpoint needs, and the scheduler, so that it can be sampled from, to `folder`."""
+        for name, network in self.networks.items():
+            network.save_pretrained(os.path.join(folder, name))
+        self.scheduler.save_pretrained(os.path.join(folder, "scheduler"))
+
+    def load(self, folder):
+        """Read what `save` wrote."""
+        for name, network in self.networks.items():
+            saved = type(network).from_pretrained(folder, subfolder=name)
+            network.load_state_dict(saved.state_dict())
+
+    def export(self, folder):
+        """Write each network to its own folder in `folder`, in float32 and as fp16 variant."""
+        self.save(folder)
+        for name, network in self.networks.items():
+            path = os.path.join(folder, name)
+            half = type(network).from_pretrained(path, dtype=torch.float16)  # on the CPU: the GPU may be full
+            half.register_to_config(_name_or_path="")
+            half.save_pretrained(path, variant="fp16")
+
+    def describe(self, output_dir):
+        """Lines that say what `export` wrote."""
+        names = ", ".join(os.path.join(output_dir, name) for name in self.networks)
+        return [f'{names}: the networks, also as variant="fp16"; use {self.exported}']
+
+    def pushed_files(self, output_dir):
+        """What goes to the Hub, as {path in the repository: path here}: the exported network lies in the root."""
+        folder = os.path.join(output_dir, self.exported)
+        return {name: os.path.join(folder, name) for name in sorted(os.listdir(folder))}
+
+    def usage_code(self, teacher, source, on_hub):
+        """Python that samples from what lies at `source`, a repository if `on_hub`, else this run's output folder."""
+        args = self.args
+        where = "" if on_hub else f', subfolder="{self.exported}"'
+        scale, steps = default_guidance_scale(args), min(4, args.num_ddim_timesteps)
+        return f"""\
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 
-unet = UNet2DConditionModel.from_pretrained({unet}, dtype=torch.float16)
+unet = UNet2DConditionModel.from_pretrained("{source}"{where}, variant="fp16", dtype=torch.float16)
 scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
 pipeline = DiffusionPipeline.from_pretrained(
     "{teacher}", unet=unet, scheduler=scheduler, dtype=torch.float16
 ).to("cuda")
 
-# Trained for guidance scales from {low:g} to {high:g}.
+# Trained for guidance scales from {args.w_min + 1:g} to {args.w_max + 1:g}; a negative prompt has no effect.
 prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
 image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={scale:g}).images[0]
 """
+
+    def card_text(self):
+        """A sentence on what it is and how it is used."""
+        return "This U-Net samples in 1 to 8 steps. The guidance scale is one of its inputs and costs nothing extra."
+
+    def card_rows(self):
+        """Rows for the card's table on the training, as a dict."""
+        return {"guidance embedding": self.args.unet_time_cond_proj_dim, "EMA decay": self.args.ema_decay}
 
 
 def teacher_name(args):
@@ -61,25 +116,26 @@ def base_licence(args):
         return None
 
 
-def model_card(args, code, picture, steps):
+def model_card(args, trained, code, picture, steps):
     """The model card: what this is, how to sample from it (`code`), how it was trained."""
     is_local = os.path.isdir(args.pretrained_teacher_model)
     data = ModelCardData(
         license=None if is_local else base_licence(args),
         base_model=None if is_local else args.pretrained_teacher_model,
+        base_model_relation=None if is_local else trained.relation,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["latent-consistency-model", "stable-diffusion", "text-to-image"],
+        tags=trained.tags,
     )
     options = {
         "optimizer steps": steps,
         "samples a step and process": args.train_batch_size * args.gradient_accumulation_steps,
         "resolution": args.resolution,
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}",
-        "guidance_scale": f"{args.w_min + 1:g} to {args.w_max + 1:g}",
+        "guidance_scale": f"{args.w_min + 1:g} to {args.w_max + 1:g} (w = {args.w_min:g} to {args.w_max:g})",
         "DDIM grid": f"{args.num_ddim_timesteps} steps",
         "loss": args.loss_type + (f", c = {args.huber_c:g}" if args.loss_type == "huber" else ""),
-        "EMA decay": args.ema_decay,
+        **trained.card_rows(),
         "mixed precision": args.mixed_precision,
         "seed": args.seed,
     }
@@ -89,9 +145,9 @@ def model_card(args, code, picture, steps):
 {data.to_yaml()}
 ---
 
-# A latent consistency model of {teacher_name(args)}
+# {trained.title} of {teacher_name(args)}
 
-This U-Net samples in 1 to 8 steps. It was distilled from {teacher_name(args)} with latent consistency distillation
+{trained.card_text()} It was distilled from {teacher_name(args)} with latent consistency distillation
 ([arXiv 2310.04378](https://arxiv.org/abs/2310.04378)) and falls under the licence of that model.
 
 ![Validation pictures]({picture})
@@ -113,12 +169,11 @@ class Export:
     """Saves what was trained and, if asked, pushes it. The repository is made at once, so that a wrong name or a
     missing token shows before training; raises UserError then.
 
-    `networks` maps folder names to the diffusers models, unwrapped; `pushed` names the one for the Hub.
+    `trained` is a FullModel or a LoraModel.
     """
 
-    def __init__(self, accelerator, args, networks, scheduler, pushed):
-        self.accelerator, self.args, self.scheduler, self.pushed = accelerator, args, scheduler, pushed
-        self.networks = networks
+    def __init__(self, accelerator, args, trained):
+        self.accelerator, self.args, self.trained = accelerator, args, trained
         if args.push_to_hub and accelerator.is_main_process:
             name = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
             try:
@@ -127,61 +182,57 @@ class Export:
                 raise UserError(f"--push_to_hub: cannot make {name!r} on the Hub: {first_line(error)}") from error
 
     def finish(self, steps, seconds, data):
-        """Write the networks, the scheduler and the card to `output_dir`, push, and say where everything is."""
+        """Write what was trained and the card to `output_dir`, push, and say where everything is."""
         num_used, skipped = data.totals()
         if self.accelerator.is_main_process:
-            output_dir = self.args.output_dir
-            code = usage_code(self.args, self.args.pretrained_teacher_model, output_dir, self.pushed)
+            output_dir, trained = self.args.output_dir, self.trained
+            code = trained.usage_code(self.args.pretrained_teacher_model, output_dir, on_hub=False)
             try:
-                for name, part in {**self.networks, "scheduler": self.scheduler}.items():
-                    with whole_folder(os.path.join(output_dir, name)) as folder:
-                        part.save_pretrained(folder)
-                card = model_card(self.args, code, f"validation/step-{steps:06d}.png", steps)
-                card.save(os.path.join(output_dir, "README.md"))
+                with whole_entries(output_dir) as folder:
+                    trained.export(folder)
+                    card = model_card(self.args, trained, code, f"validation/step-{steps:06d}.png", steps)
+                    card.save(os.path.join(folder, "README.md"))
             except Exception as error:  # for a full disk safetensors raises an error of its own
                 raise UserError(
                     f"--output_dir: cannot write to {output_dir!r}: {first_line(error)}; checkpoints are intact"
                 ) from error
-            print(
+            lines = [
                 f"\nTrained to step {steps}, {seconds:.0f} s in this session; {num_used} samples used, "
-                f"skipped: {lcm_data.describe(skipped)}.\n"
-                f"{', '.join(f'{output_dir}/{name}' for name in self.networks)}: the networks; use {self.pushed}\n"
-                f"{output_dir}/scheduler: the scheduler that fits them\n"
-                f"{output_dir}/validation: pictures; {output_dir}/{self.args.logging_dir}: logs\n\n"
-                f"{code}"
-            )
+                f"skipped: {lcm_data.describe(skipped)}.",
+                *trained.describe(output_dir),
+                f"{output_dir}/scheduler: the scheduler that fits",
+                f"{output_dir}/validation: pictures; {output_dir}/{self.args.logging_dir}: logs\n",
+            ]
+            print("\n".join(lines) + f"\n{code}")
         self.accelerator.end_training()  # the trackers' run is complete, whatever becomes of the upload
         if self.args.push_to_hub and self.accelerator.is_main_process:
             self.push(steps)
 
     def push(self, steps):
-        """Upload the pushed network to the repository's root, in float32 and as fp16 variant, with scheduler and card.
+        """Upload what was trained, the scheduler, the pictures and a card, in one commit.
 
         Nothing else: no optimizer states, logs or local paths. Raises UserError if the upload still fails after the
         client's own retries; everything is on disk by then.
         """
-        network = self.networks[self.pushed]
-        picture = os.path.join(self.args.output_dir, "validation", f"step-{steps:06d}.png")
-        with tempfile.TemporaryDirectory() as folder:
-            network.save_pretrained(folder)
-            half = type(network).from_pretrained(folder, dtype=torch.float16)  # on the CPU: the GPU may be full
-            half.register_to_config(_name_or_path="")
-            half.save_pretrained(folder, variant="fp16")
-            self.scheduler.save_pretrained(os.path.join(folder, "scheduler"))
-            if os.path.isfile(picture):
-                shutil.copy(picture, os.path.join(folder, "validation.png"))
-            card = model_card(
-                self.args, usage_code(self.args, teacher_name(self.args), self.repo_id), "validation.png", steps
+        output_dir = self.args.output_dir
+        code = self.trained.usage_code(teacher_name(self.args), self.repo_id, on_hub=True)
+        card = model_card(self.args, self.trained, code, "validation.png", steps)
+        files = {
+            **self.trained.pushed_files(output_dir),
+            "scheduler/scheduler_config.json": os.path.join(output_dir, "scheduler", "scheduler_config.json"),
+            "validation.png": os.path.join(output_dir, "validation", f"step-{steps:06d}.png"),
+            "README.md": str(card).encode(),
+        }
+        if not os.path.isfile(files["validation.png"]):
+            del files["validation.png"]
+        try:
+            create_commit(
+                self.repo_id,
+                [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()],
+                commit_message="End of training",
+                token=self.args.hub_token,
             )
-            card.save(os.path.join(folder, "README.md"))
-            try:
-                upload_folder(
-                    repo_id=self.repo_id,
-                    folder_path=folder,
-                    commit_message="End of training",
-                    token=self.args.hub_token,
-                )
-            except Exception as error:
-                reason = f"the upload failed ({first_line(error)}); everything is in {self.args.output_dir!r}"
-                raise UserError(f"--push_to_hub: {reason}") from error
+        except Exception as error:
+            reason = f"the upload failed ({first_line(error)}); everything is in {output_dir!r}"
+            raise UserError(f"--push_to_hub: {reason}") from error
         print(f"Pushed to {self.repo_id}")

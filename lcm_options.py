@@ -130,6 +130,7 @@ def add_output_options(parser):
 
 
 def add_data_options(parser, resolution):
+    """Adds the options of the data, and returns their group for those of one script only."""
     group = parser.add_argument_group("data")
     add = group.add_argument
     add("--train_shards_path_or_url", action="append", required=True, metavar="SHARDS",
@@ -160,6 +161,7 @@ def add_data_options(parser, resolution):
         help="Samples are shuffled in blocks of this many, in each data worker; a resume re-reads one such block.")
     add("--dataloader_num_workers", type=integer(0), default=0, metavar="N",
         help="Processes that read data; 0 reads in the training process.")
+    return group
 
 
 def add_training_options(parser):
@@ -231,6 +233,33 @@ def add_full_model_options(group):
         help="Size of the guidance embedding that the student is fed.")
     add("--ema_decay", type=number(0, 1), default=0.95, metavar="DECAY",
         help="Decay of the student's moving average: the target network, and the one to sample from.")
+    add("--cast_teacher_unet", action="store_true",
+        help="Hold the teacher's weights in the mixed precision too: half its memory.")
+
+
+def add_lora_options(group):
+    """Options of the two scripts that train a LoRA."""
+    add = group.add_argument
+    add("--lora_rank", type=integer(1), default=64, metavar="RANK",
+        help="Rank of the adapter in each layer.")
+    add("--lora_alpha", type=integer(1), default=64, metavar="ALPHA",
+        help="The adapter's output is scaled by alpha / rank.")
+    add("--lora_dropout", type=number(0, below=1), default=0.0, metavar="P",
+        help="Dropout on the adapter's input, for the student alone: neither teacher nor target sees it.")
+    add("--lora_target_modules", metavar="NAMES",
+        help="Names, or ends of names, of the layers that are adapted, joined by commas. If unset: the linear and "
+             "convolutional layers of all blocks.")
+    add("--ema_decay", type=number(0, 1), metavar="DECAY",
+        help="Keep a moving average of the LoRA as target network, and save that one. Off if unset.")
+    add("--cast_teacher_unet", action="store_true",
+        help="Changes nothing: the teacher is the LoRA's own base, and is held in the mixed precision in any case.")
+
+
+def add_sdxl_options(group):
+    """Options of the two scripts for SDXL."""
+    add = group.add_argument
+    add("--use_fix_crop_and_size", action="store_true",
+        help="Tell the networks that each picture is whole: original size = resolution, crop at (0, 0).")
 
 
 def add_precision_options(parser):
@@ -241,15 +270,14 @@ def add_precision_options(parser):
              "float32. fp16 needs a GPU.")
     add("--allow_tf32", action="store_true",
         help="Let float32 matrix products on Ampere and later run as TF32, as PyTorch lets convolutions anyway.")
-    add("--cast_teacher_unet", action="store_true",
-        help="Hold the teacher's weights in the mixed precision too: half its memory.")
     add("--gradient_checkpointing", action="store_true",
         help="Recompute activations in the backward pass: less memory, more time.")
     add("--enable_xformers_memory_efficient_attention", action="store_true",
         help="Use xformers' attention on CUDA. PyTorch's own, the default, is usually as fast.")
 
 
-def add_validation_options(parser):
+def add_validation_options(parser, guidance_scale=None):
+    """`guidance_scale` is the default; None takes it from the range of the training."""
     group = parser.add_argument_group("validation pictures")
     add = group.add_argument
     add("--validation_steps", type=integer(1), default=200, metavar="STEPS",
@@ -258,8 +286,9 @@ def add_validation_options(parser):
         help="What to draw, one row each.")
     add("--validation_num_inference_steps", nargs="+", type=integer(1), default=[4], metavar="STEPS",
         help="With how many steps, one column each.")
-    add("--validation_guidance_scale", type=number(1), metavar="SCALE",
-        help="A pipeline's guidance_scale. If unset: 7.5, moved into [w_min + 1, w_max + 1].")
+    add("--validation_guidance_scale", type=number(1), default=guidance_scale, metavar="SCALE",
+        help="A pipeline's guidance_scale." + (" If unset: 7.5, moved into [w_min + 1, w_max + 1]."
+                                               if guidance_scale is None else ""))
 
 
 def add_hub_options(parser):

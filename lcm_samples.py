@@ -175,7 +175,7 @@ def json_number(info, key):
 def transform(image, config, rng):
     """Resize the shorter side to the resolution, crop a square, perhaps mirror it.
 
-    Returns ((3, H, W) uint8 array, (crop top, crop left)), the crop in pixels of the resized, unmirrored picture.
+    Returns ((3, H, W) uint8 array, (crop top, crop left)), the crop in pixels of the picture as resized and mirrored.
     """
     resolution, shorter = config.resolution, min(image.size)
     width, height = (int(resolution * side / shorter) for side in image.size)  # rounded as torchvision's `resize`
@@ -187,7 +187,7 @@ def transform(image, config, rng):
         left, top = rng.integers(width - resolution + 1), rng.integers(height - resolution + 1)
     image = image.crop((left, top, left + resolution, top + resolution))
     if config.random_flip and rng.random() < 0.5:
-        image = ImageOps.mirror(image)
+        image, left = ImageOps.mirror(image), width - resolution - left
     return np.asarray(image).transpose(2, 0, 1), (int(top), int(left))
 
 

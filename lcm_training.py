@@ -1,6 +1,6 @@
-"""The frame around a training loop: start-up, the frozen parts of the teacher, the optimizer, the log.
+"""The frame around a training loop: start-up, the optimizer, the log.
 
-Nothing here knows which script called it, or owns the loop over steps. Shapes: B samples, latents (B, C, h, w).
+Nothing here knows which script called it, or owns the loop over steps.
 """
 
 import logging
@@ -94,13 +94,6 @@ def start(args):
     return accelerator
 
 
-def weight_dtype(accelerator):
-    """The dtype of frozen weights: that of the mixed precision, float32 without one or where a CPU cannot."""
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type != "cpu":
-        return torch.float16
-    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-
-
 def start_trackers(accelerator, args):
     """Open the trackers and give them the options; lists and None become text, which all of them take."""
     config = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in public_options(args).items()}
@@ -118,124 +111,6 @@ def set_length(args, num_processes):
     steps_per_epoch = -(-batches // args.gradient_accumulation_steps)
     args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     return steps_per_epoch
-
-
-# The frozen parts of the teacher.
-
-
-def load_part(loader, args, subfolder, path=None, **kwargs):
-    """`loader.from_pretrained` for one part of the teacher, or for the model at `path`.
-
-    Any failure becomes a UserError of one line: a wrong folder, a broken file, no network, no access.
-    """
-    source = path or args.pretrained_teacher_model
-    option = "--pretrained_vae_model_name_or_path" if path else "--pretrained_teacher_model"
-    where = f"{source!r}" + (f", part {subfolder!r}" if subfolder else "")
-    if path is None:
-        kwargs["revision"] = args.teacher_revision or args.revision
-    has_weights = issubclass(loader, torch.nn.Module)
-    if has_weights:
-        kwargs["output_loading_info"] = True
-    try:
-        part = loader.from_pretrained(source, subfolder=subfolder, cache_dir=args.cache_dir, **kwargs)
-    except Exception as error:  # the libraries raise nearly anything for a broken folder
-        raise UserError(f"{option}: cannot load {where}: {first_line(error)}") from error
-    if has_weights:
-        part, info = part
-        if info["missing_keys"]:  # the libraries would make them up
-            missing = sorted(info["missing_keys"])
-            raise UserError(f"{option}: cannot load {where}: {len(missing)} weights are missing, such as {missing[0]}")
-    return part
-
-
-def load_noise_schedule(args):
-    """The teacher's scheduler as a DDPMScheduler, for its `alphas_cumprod` (T,) and its prediction type.
-
-    Raises UserError for a scheduler without betas (flow matching), for an unknown prediction type, and for epsilon
-    prediction with zero terminal SNR, where the network's output at the last timestep says nothing about x_0.
-    """
-    schedule = load_part(diffusers.DDPMScheduler, args, "scheduler")
-    raw = diffusers.DDPMScheduler.load_config(  # what the file says, before defaults fill it up
-        args.pretrained_teacher_model,
-        subfolder="scheduler",
-        cache_dir=args.cache_dir,
-        revision=args.teacher_revision or args.revision,
-    )
-    option, prediction_type = "--pretrained_teacher_model", schedule.config.prediction_type
-    if "beta_schedule" not in raw:
-        raise UserError(f"{option}: its scheduler, {raw.get('_class_name')}, has no beta schedule to distil along")
-    if prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise UserError(
-            f"{option}: its prediction type is {prediction_type!r}; allowed: epsilon, v_prediction, sample"
-        )
-    if prediction_type == "epsilon" and schedule.alphas_cumprod[-1] < 1e-6:
-        raise UserError(
-            f"{option}: its schedule ends at zero signal (zero terminal SNR), where epsilon prediction determines no "
-            "x_0; allowed with it: v_prediction, sample"
-        )
-    if schedule.config.num_train_timesteps < args.num_ddim_timesteps:
-        raise UserError(
-            f"--num_ddim_timesteps: {args.num_ddim_timesteps} given; allowed: at most the schedule's "
-            f"{schedule.config.num_train_timesteps} timesteps"
-        )
-    return schedule
-
-
-def load_vae(args, accelerator):
-    """The VAE, frozen, in the precision of the frozen weights: the teacher's, or the one given in its place."""
-    path = args.pretrained_vae_model_name_or_path
-    subfolder = None if path else "vae"
-    vae = load_part(diffusers.AutoencoderKL, args, subfolder, path, dtype=weight_dtype(accelerator))
-    return vae.requires_grad_(False).eval().to(accelerator.device)
-
-
-class PromptEncoder:
-    """Captions to U-Net keyword arguments, with the one CLIP text encoder of SD 1.x and 2.x."""
-
-    def __init__(self, args, accelerator):
-        self.tokenizer = load_part(transformers.CLIPTokenizer, args, "tokenizer")
-        if len(self.tokenizer) < 512:  # CLIP's has all bytes twice; where files are missing, transformers makes one up
-            raise UserError(
-                f"--pretrained_teacher_model: cannot load {args.pretrained_teacher_model!r}, part 'tokenizer': "
-                f"its vocabulary has {len(self.tokenizer)} entries; are its files complete?"
-            )
-        text_encoder = load_part(transformers.CLIPTextModel, args, "text_encoder", dtype=weight_dtype(accelerator))
-        self.text_encoder = text_encoder.requires_grad_(False).eval().to(accelerator.device)
-
-    @torch.no_grad()
-    def __call__(self, captions):
-        """`captions` is a list of B strings. Returns {"encoder_hidden_states": (B, tokens, D)}.
-
-        Longer captions are cut at the tokenizer's `model_max_length`, as `StableDiffusionPipeline.encode_prompt` does.
-        """
-        inputs = self.tokenizer(
-            captions,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.text_encoder.device)
-        uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
-        mask = inputs.attention_mask if uses_mask else None
-        return {"encoder_hidden_states": self.text_encoder(inputs.input_ids, attention_mask=mask)[0]}
-
-
-def repeat_conditioning(conditioning, batch_size):
-    """One sample's U-Net keyword arguments, for `batch_size` samples."""
-    return {name: value.expand(batch_size, *value.shape[1:]) for name, value in conditioning.items()}
-
-
-def join_conditioning(first, second):
-    """Two dicts of U-Net keyword arguments for B samples each, as one for 2B."""
-    return {name: torch.cat([first[name], second[name]]) for name in first}
-
-
-def encode_pixels(vae, pixels, batch_size, generator):
-    """z_0: a scaled sample of the VAE's posterior. `pixels` (B, 3, H, W) in [-1, 1]; returns (B, C, h, w) float32."""
-    latents = [
-        vae.encode(part.to(vae.dtype)).latent_dist.sample(generator).float() for part in pixels.split(batch_size)
-    ]
-    return torch.cat(latents) * vae.config.scaling_factor
 
 
 def step_generator(seed, rank, step, device):

@@ -4,6 +4,7 @@ The training run is not disturbed: the noise comes from a generator of its own, 
 can be compared over a run, and train or eval mode is put back.
 """
 
+import contextlib
 import logging
 import os
 import textwrap
@@ -52,60 +53,75 @@ def picture_grid(rows, row_labels, column_labels, cell_size=None, group_gap=()):
     return grid
 
 
+@contextlib.contextmanager
+def eval_mode(network):
+    """Yield a network in eval mode; its mode is put back afterwards."""
+    was_training = network.training
+    try:
+        yield network.eval()
+    finally:
+        network.train(was_training)
+
+
 class Validation:
     """Draws the validation prompts and gives the pictures to the trackers and to `output_dir/validation`.
 
-    `make_pipeline(unet)` returns a pipeline around that network with everything else in place.
+    `make_pipeline(unet=unet)` returns a pipeline around that network with everything else in place. `networks` maps
+    labels to callables that return a context manager, as `eval_mode` with a network filled in: it yields an unwrapped
+    U-Net that is ready to sample, and puts everything back.
     """
 
-    def __init__(self, accelerator, args, make_pipeline):
-        self.accelerator, self.args, self.make_pipeline = accelerator, args, make_pipeline
+    def __init__(self, accelerator, args, make_pipeline, networks):
+        self.accelerator, self.args, self.make_pipeline, self.networks = accelerator, args, make_pipeline, networks
         scale = args.validation_guidance_scale
         self.guidance_scale = default_guidance_scale(args) if scale is None else scale
 
+    def sample(self, pipeline, prompt, steps):
+        """One PIL picture. The VAE decodes outside of autocast, in its own precision: SDXL's overflows in fp16."""
+        args = self.args
+        with self.accelerator.autocast():
+            latents = pipeline(
+                prompt,
+                height=args.resolution,
+                width=args.resolution,
+                num_inference_steps=steps,
+                guidance_scale=self.guidance_scale,
+                generator=torch.Generator(self.accelerator.device).manual_seed(args.seed),
+                output_type="latent",
+            ).images
+        vae = pipeline.vae
+        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        return pipeline.image_processor.postprocess(pixels.float())[0]
+
     @torch.no_grad()
-    def draw(self, networks):
+    def draw(self):
         """One picture of every prompt for every network and step count: (rows of PIL pictures, column labels)."""
         args = self.args
-        columns = [(name, steps) for name in networks for steps in args.validation_num_inference_steps]
+        columns = [(name, steps) for name in self.networks for steps in args.validation_num_inference_steps]
         rows = [[] for _ in args.validation_prompts]
         for name, steps in columns:
-            network = networks[name]
-            was_training = network.training
-            pipeline = self.make_pipeline(network.eval())
-            pipeline.set_progress_bar_config(disable=True)
-            try:
+            with self.networks[name]() as unet:
+                pipeline = self.make_pipeline(unet=unet)
+                pipeline.set_progress_bar_config(disable=True)
                 for row, prompt in zip(rows, args.validation_prompts, strict=True):
-                    generator = torch.Generator(self.accelerator.device).manual_seed(args.seed)
-                    with self.accelerator.autocast():
-                        row += pipeline(
-                            prompt,
-                            height=args.resolution,
-                            width=args.resolution,
-                            num_inference_steps=steps,
-                            guidance_scale=self.guidance_scale,
-                            generator=generator,
-                        ).images
-            finally:
-                network.train(was_training)
+                    row.append(self.sample(pipeline, prompt, steps))
         return rows, [f"{name}\n{steps} step{'s' * (steps > 1)}" for name, steps in columns]
 
-    def run(self, step, networks):
-        """Draw with `networks` (label -> U-Net), write `validation/step-NNNNNN.png`, and tell every tracker.
+    def run(self, step):
+        """Write `validation/step-NNNNNN.png` and tell every tracker.
 
-        `networks` are unwrapped. The main process draws and the others wait for it. A failure is logged: pictures are
-        not worth a run.
+        The main process draws and the others wait for it. A failure is logged: pictures are not worth a run.
         """
         if self.accelerator.is_main_process:
             try:
-                self.show(step, networks)
+                self.show(step)
             except Exception as error:  # out of memory, a full disk, a tracker without network
                 logger.warning("No pictures at step %d: %s", step, first_line(error))
         self.accelerator.wait_for_everyone()
 
-    def show(self, step, networks):
+    def show(self, step):
         args = self.args
-        rows, columns = self.draw(networks)
+        rows, columns = self.draw()
         grid = picture_grid(rows, args.validation_prompts, columns, cell_size=max(96, args.resolution))
         folder = os.path.join(args.output_dir, "validation")
         os.makedirs(folder, exist_ok=True)

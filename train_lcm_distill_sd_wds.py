@@ -10,6 +10,8 @@ Writes output_dir/unet (the student), output_dir/unet_target (its moving average
 output_dir/scheduler.
 """
 
+from functools import partial
+
 from lcm_options import (
     add_data_options,
     add_distillation_options,
@@ -41,7 +43,7 @@ def parse_args(argv=None):
     return parse(parser, argv)
 
 
-def load_models(args, accelerator):
+def load_models(args, accelerator, encode_prompts):
     """The frozen teacher, the student that is trained, and the target, its moving average.
 
     The student is the teacher plus a guidance projection, which starts at random, the same on every process. Starting
@@ -51,16 +53,9 @@ def load_models(args, accelerator):
     import torch
     from diffusers import UNet2DConditionModel
 
-    import lcm_training
-    from lcm_options import UserError
+    import lcm_teacher
 
-    teacher = lcm_training.load_part(UNet2DConditionModel, args, "unet", dtype=torch.float32)
-    if teacher.config.time_cond_proj_dim is not None:
-        raise UserError(
-            "--pretrained_teacher_model: its U-Net takes a guidance embedding, so it is a distilled model already; "
-            "allowed: one that is sampled with classifier-free guidance"
-        )
-    teacher.register_to_config(_name_or_path="")  # a local path would travel into every saved config.json
+    teacher = lcm_teacher.load_unet(args, encode_prompts, dtype=torch.float32)
     student = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=args.unet_time_cond_proj_dim)
     student.load_state_dict(teacher.state_dict(), strict=False)
     generator = torch.Generator().manual_seed(args.seed)
@@ -68,7 +63,7 @@ def load_models(args, accelerator):
     target = UNet2DConditionModel.from_config(student.config)
     target.load_state_dict(student.state_dict())
 
-    teacher_dtype = lcm_training.weight_dtype(accelerator) if args.cast_teacher_unet else torch.float32
+    teacher_dtype = lcm_teacher.weight_dtype(accelerator) if args.cast_teacher_unet else torch.float32
     teacher.requires_grad_(False).eval().to(accelerator.device, teacher_dtype)
     target.requires_grad_(False).eval().to(accelerator.device)
     return teacher, student.train(), target
@@ -82,6 +77,7 @@ def train(args):
     import lcm_checkpoint
     import lcm_data
     import lcm_export
+    import lcm_teacher
     import lcm_training
     import lcm_validation
     from lcm_common import (
@@ -95,20 +91,20 @@ def train(args):
         predicted_origin,
         update_ema,
     )
+    from lcm_validation import eval_mode
 
     # The teacher and its parts, the student, the target.
     accelerator = lcm_training.start(args)
     device = accelerator.device
-    schedule = lcm_training.load_noise_schedule(args)
+    schedule = lcm_teacher.load_noise_schedule(args)
     solver = DDIMSolver(schedule.alphas_cumprod.to(device), args.num_ddim_timesteps)
     alphas, sigmas = solver.alphas, solver.sigmas
     prediction_type = schedule.config.prediction_type
     shards = lcm_data.expand_shards(args.train_shards_path_or_url)
-    encode_prompts = lcm_training.PromptEncoder(args, accelerator)
-    vae = lcm_training.load_vae(args, accelerator)
-    teacher, student, target = load_models(args, accelerator)
+    encode_prompts = lcm_teacher.PromptEncoder(args, accelerator)
+    vae = lcm_teacher.load_vae(args, accelerator, dtype=lcm_teacher.weight_dtype(accelerator))
+    teacher, student, target = load_models(args, accelerator, encode_prompts)
     lcm_training.enable_memory_savers(args, accelerator, student, others=[teacher, target])
-    uncond = lcm_training.repeat_conditioning(encode_prompts([""]), args.train_batch_size)
 
     # Data, optimizer, checkpoints, pictures.
     steps_per_epoch = lcm_training.set_length(args, accelerator.num_processes)
@@ -117,30 +113,23 @@ def train(args):
     lr_scheduler = lcm_training.make_lr_scheduler(args, optimizer)
     student, optimizer = accelerator.prepare(student, optimizer)
     # Without the wrappers of DistributedDataParallel and torch.compile: the same weights under their plain names.
-    networks = {"unet": accelerator.unwrap_model(student, keep_torch_compile=False), "unet_target": target}
-    pictured = {"student": networks["unet"], "EMA": target}
-    checkpoints = lcm_checkpoint.Checkpoints(accelerator, args, networks, data, lr_scheduler)
+    unet = accelerator.unwrap_model(student, keep_torch_compile=False)
     scheduler = lcm_export.lcm_scheduler(schedule, args)
+    trained = lcm_export.FullModel(args, {"unet": unet, "unet_target": target}, "unet_target", scheduler)
+    checkpoints = lcm_checkpoint.Checkpoints(accelerator, args, trained, data, lr_scheduler)
     validation = lcm_validation.Validation(
         accelerator,
         args,
-        make_pipeline=lambda unet: StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=encode_prompts.text_encoder,
-            tokenizer=encode_prompts.tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        ),
+        make_pipeline=partial(StableDiffusionPipeline, vae=vae, scheduler=scheduler, **encode_prompts.components),
+        networks={"student": partial(eval_mode, unet), "EMA": partial(eval_mode, target)},
     )
-    export = lcm_export.Export(accelerator, args, networks, scheduler, pushed="unet_target")
+    export = lcm_export.Export(accelerator, args, trained)
     lcm_training.describe_run(args, accelerator, student, solver, data.config, steps_per_epoch)
     step = checkpoints.resume()
     lcm_training.start_trackers(accelerator, args)
     progress = lcm_training.Progress(accelerator, args, step)
     forward_pass = step * args.gradient_accumulation_steps
+    weights, averaged = dict(unet.named_parameters()), dict(target.named_parameters())
 
     # Algorithm 1. B samples; latents z_* and outputs (B, C, h, w); n, t_nk, t_n, w are (B,).
     for batch in data if step < args.max_train_steps else ():
@@ -150,8 +139,8 @@ def train(args):
 
             with torch.no_grad():
                 # Sample (z, c), n ~ U[1, N - k], w ~ U[w_min, w_max].
-                z_0 = lcm_training.encode_pixels(vae, batch["pixels"], args.vae_encode_batch_size, generator)
-                cond = encode_prompts(batch["captions"])
+                z_0 = lcm_teacher.encode_pixels(vae, batch["pixels"], args.vae_encode_batch_size, generator)
+                cond, uncond = encode_prompts(batch)
                 n = torch.randint(solver.num_steps, (len(z_0),), generator=generator, device=device)
                 t_nk, t_n = solver.interval(n)
                 w = args.w_min + (args.w_max - args.w_min) * torch.rand(len(z_0), generator=generator, device=device)
@@ -163,7 +152,7 @@ def train(args):
 
                 # z^_{t_n} = z_{t_{n+k}} + (1 + w) Psi(z, c) - w Psi(z, empty): one guided DDIM step of the teacher.
                 # Its conditional and unconditional passes are one batch of 2B.
-                both = lcm_training.join_conditioning(cond, uncond)
+                both = lcm_teacher.join_conditioning(cond, uncond)
                 with accelerator.autocast():
                     output = teacher(torch.cat([z_nk, z_nk]), torch.cat([t_nk, t_nk]), **both).sample
                 output = apply_guidance(*output.chunk(2), w)
@@ -199,7 +188,7 @@ def train(args):
             continue
         learning_rate = lr_scheduler.get_last_lr()[0]
         if not accelerator.optimizer_step_was_skipped:
-            update_ema(target, networks["unet"], args.ema_decay)
+            update_ema(averaged, weights, args.ema_decay)
             lr_scheduler.step()
         step += 1
         progress.step(step, mean_loss, learning_rate)
@@ -208,10 +197,10 @@ def train(args):
         if step >= args.max_train_steps:
             break
         if step % args.validation_steps == 0:
-            validation.run(step, pictured)
+            validation.run(step)
         progress.restart_clock()
 
-    validation.run(step, pictured)
+    validation.run(step)
     export.finish(step, progress.close(), data)
 
 

@@ -38,25 +38,35 @@ def fresh_accelerate():
     os.environ.pop("LOCAL_RANK", None)
 
 
-def make_teacher(folder, seed=0, unet_config=None, scheduler_config=None, vae_config=None):
-    """Write a Stable Diffusion pipeline of about 0.1 M random weights; 16x16 pictures have (4, 8, 8) latents."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def make_tokenizer():
+    from transformers import CLIPTokenizer
 
-    torch.manual_seed(seed)
-    tokenizer = CLIPTokenizer.from_pretrained(DEMO_TEACHER / "tokenizer")
-    text_config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    return CLIPTokenizer.from_pretrained(DEMO_TEACHER / "tokenizer")
+
+
+def text_config(tokenizer, **more):
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_position_embeddings": tokenizer.model_max_length,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            **more,
+        }
     )
-    unet = UNet2DConditionModel(
+
+
+def make_unet(**more):
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
         **{
             "sample_size": 8,
             "block_out_channels": (8, 16),
@@ -66,10 +76,15 @@ def make_teacher(folder, seed=0, unet_config=None, scheduler_config=None, vae_co
             "attention_head_dim": 2,
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            **(unet_config or {}),
+            **more,
         }
     )
-    vae = AutoencoderKL(
+
+
+def make_vae(**more):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
         **{
             "block_out_channels": (8, 8),
             "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -77,10 +92,15 @@ def make_teacher(folder, seed=0, unet_config=None, scheduler_config=None, vae_co
             "norm_num_groups": 4,
             "latent_channels": 4,
             "sample_size": 16,
-            **(vae_config or {}),
+            **more,
         }
     )
-    scheduler = DDIMScheduler(
+
+
+def make_scheduler(**more):
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
         **{
             "beta_schedule": "scaled_linear",
             "beta_start": 0.00085,
@@ -88,18 +108,58 @@ def make_teacher(folder, seed=0, unet_config=None, scheduler_config=None, vae_co
             "clip_sample": False,
             "set_alpha_to_one": False,
             "steps_offset": 1,
-            **(scheduler_config or {}),
+            **more,
         }
     )
+
+
+def make_teacher(folder, seed=0, unet_config=None, scheduler_config=None, vae_config=None):
+    """Write a Stable Diffusion pipeline of about 0.1 M random weights; 16x16 pictures have (4, 8, 8) latents."""
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
     StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text_config),
+        unet=make_unet(**(unet_config or {})),
+        vae=make_vae(**(vae_config or {})),
+        text_encoder=CLIPTextModel(text_config(tokenizer)),
         tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
+        scheduler=make_scheduler(**(scheduler_config or {})),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_sdxl_teacher(folder, seed=0, unet_config=None, scheduler_config=None, vae_config=None, **pipeline_config):
+    """The same for SDXL: two text encoders of different widths, micro-conditioning, linear projections."""
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    unet_config = {
+        "cross_attention_dim": 16 + 24,
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 12,
+        **(unet_config or {}),
+    }
+    StableDiffusionXLPipeline(
+        unet=make_unet(**unet_config),
+        vae=make_vae(**(vae_config or {})),
+        text_encoder=CLIPTextModel(text_config(tokenizer, num_hidden_layers=2)),
+        text_encoder_2=CLIPTextModelWithProjection(
+            text_config(tokenizer, num_hidden_layers=2, hidden_size=24, projection_dim=12)
+        ),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        scheduler=make_scheduler(**(scheduler_config or {})),
+        **{"add_watermarker": False, **pipeline_config},
     ).save_pretrained(folder)
     return folder
 
@@ -108,6 +168,12 @@ def make_teacher(folder, seed=0, unet_config=None, scheduler_config=None, vae_co
 def teacher(tmp_path_factory):
     """A folder with a tiny epsilon-predicting teacher."""
     return make_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="session")
+def sdxl_teacher(tmp_path_factory):
+    """A folder with a tiny teacher in the layout of SDXL."""
+    return make_sdxl_teacher(tmp_path_factory.mktemp("sdxl_teacher"))
 
 
 def encode_image(array_or_image, suffix="png", **kwargs):
@@ -152,6 +218,11 @@ def shards(tmp_path_factory):
 
 def sd_options(teacher, shards, output_dir, *more):
     """Options of the SD script for a run of four steps that takes a second or two; later ones override."""
+    return ["--unet_time_cond_proj_dim=16", *common_options(teacher, shards, output_dir, *more)]
+
+
+def common_options(teacher, shards, output_dir, *more):
+    """Options that all four scripts take, as in `sd_options`."""
     return [
         f"--pretrained_teacher_model={teacher}",
         f"--train_shards_path_or_url={shards}",
@@ -161,7 +232,6 @@ def sd_options(teacher, shards, output_dir, *more):
         "--max_train_steps=4",
         "--learning_rate=1e-3",
         "--shuffle_buffer_size=8",
-        "--unet_time_cond_proj_dim=16",
         "--report_to=none",
         "--validation_prompts=a red three",
         "--validation_num_inference_steps=1",

@@ -196,10 +196,14 @@ def test_huber_lies_between_absolute_and_squared_error():
 # The moving average.
 
 
+def update(target, source, decay):
+    lcm.update_ema(dict(target.named_parameters()), dict(source.named_parameters()), decay)
+
+
 def test_ema_is_the_weighted_mean():
     target, source = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     expected = 0.9 * target.weight.detach() + 0.1 * source.weight.detach()
-    lcm.update_ema(target, source, 0.9)
+    update(target, source, 0.9)
     torch.testing.assert_close(target.weight, torch.nn.Parameter(expected))
 
 
@@ -207,19 +211,19 @@ def test_ema_is_the_weighted_mean():
 def test_ema_at_its_ends(decay, winner):
     modules = {"target": torch.nn.Linear(3, 2), "source": torch.nn.Linear(3, 2)}
     expected = modules[winner].weight.detach().clone()
-    lcm.update_ema(modules["target"], modules["source"], decay)
+    update(modules["target"], modules["source"], decay)
     assert torch.equal(modules["target"].weight, expected)
 
 
 def test_ema_keeps_the_targets_dtype():
     target, source = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2).to(torch.bfloat16)
-    lcm.update_ema(target, source, 0.5)
+    update(target, source, 0.5)
     assert target.weight.dtype == torch.float32
 
 
 def test_ema_refuses_other_parameters():
     with pytest.raises(ValueError, match="bias"):
-        lcm.update_ema(torch.nn.Linear(3, 2), torch.nn.Linear(3, 2, bias=False), 0.5)
+        update(torch.nn.Linear(3, 2), torch.nn.Linear(3, 2, bias=False), 0.5)
 
 
 # Errors.

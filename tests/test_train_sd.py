@@ -13,6 +13,7 @@ from hub_server import HubServer, client_env
 from safetensors.torch import load_file
 
 import lcm_checkpoint
+import lcm_teacher
 import lcm_training
 from train_lcm_distill_sd_wds import load_models, main, parse_args
 
@@ -125,11 +126,15 @@ def test_closing_lines_can_be_run(teacher, shards, tmp_path, capsys):
 # The networks.
 
 
+def models(args, accelerator):
+    return load_models(args, accelerator, lcm_teacher.PromptEncoder(args, accelerator))
+
+
 @pytest.mark.parametrize("cast", [False, True])
 def test_student_is_the_teacher_plus_a_guidance_projection(teacher, shards, tmp_path, cast):
     more = ["--mixed_precision=bf16", "--cast_teacher_unet"] if cast else []
     args = parse_args(sd_options(teacher, shards, tmp_path, *more))
-    teacher_unet, student, target = load_models(args, lcm_training.start(args))
+    teacher_unet, student, target = models(args, lcm_training.start(args))
     assert teacher_unet.dtype == (torch.bfloat16 if cast else torch.float32)
     z, t, hidden = torch.randn(2, 4, 8, 8), torch.tensor([19, 999]), torch.randn(2, 16, 16)
     w_emb = torch.randn(2, 16)
@@ -151,7 +156,7 @@ def test_guidance_projection_is_the_same_on_every_process(teacher, shards, tmp_p
     projections = []
     for global_seed in (1, 2):
         torch.manual_seed(global_seed)
-        projections.append(load_models(args, accelerator)[2].time_embedding.cond_proj.weight)
+        projections.append(models(args, accelerator)[2].time_embedding.cond_proj.weight)
     assert torch.equal(*projections)
 
 
@@ -175,7 +180,7 @@ def test_first_loss_is_that_of_the_formulas(teacher, shards, tmp_path, monkeypat
 
     pipeline = StableDiffusionPipeline.from_pretrained(teacher)
     args = parse_args(sd_options(teacher, shards, tmp_path))
-    _, student, _ = load_models(args, lcm_training.start(args))
+    _, student, _ = models(args, lcm_training.start(args))
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     scheduler.set_timesteps(50)
     generator = lcm_training.step_generator(0, 0, 0, "cpu")
@@ -225,6 +230,7 @@ def test_same_seed_same_weights_with_two_workers(teacher, shards, tmp_path):
 
 KILLED_AT = """
 import os, signal, sys
+import lcm_teacher
 import lcm_training
 from train_lcm_distill_sd_wds import main
 
@@ -302,14 +308,14 @@ def test_unfinished_checkpoint_is_never_taken(teacher, shards, tmp_path):
 
 def test_old_checkpoints_survive_a_failed_save(teacher, shards, tmp_path, monkeypatch, capsys):
     """The disk fills up while the second checkpoint is written: the first stays, one line says so."""
-    publish = lcm_checkpoint.publish_folder
+    publish = lcm_checkpoint.publish
 
     def full_disk(partial, path):
         if path.endswith("checkpoint-4"):
             raise OSError(28, "No space left on device")
         publish(partial, path)
 
-    monkeypatch.setattr(lcm_checkpoint, "publish_folder", full_disk)
+    monkeypatch.setattr(lcm_checkpoint, "publish", full_disk)
     with pytest.raises(SystemExit) as exit_info:
         main(sd_options(teacher, shards, tmp_path, "--checkpointing_steps=2", "--checkpoints_total_limit=1"))
     assert exit_info.value.code == 1
@@ -414,7 +420,7 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(teacher, shards, t
 
 
 def test_folder_that_was_just_being_replaced_is_put_back(tmp_path):
-    """A kill between the two renames of `publish_folder`; what is not ours is left alone."""
+    """A kill between the two renames of `publish`; what is not ours is left alone."""
     for name in ("unet.old.partial", "unet.partial", "checkpoint-3.partial", "mine.partial"):
         (tmp_path / name).mkdir()
     (tmp_path / "unet.old.partial" / "weights").touch()
