@@ -1,9 +1,11 @@
 """Tiny models and shards for the tests: made here, in a second, with random weights. Nothing comes from a hub."""
 
+import importlib
 import io
 import json
 import os
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 
 # One thread each: the models are tiny, and the order of float additions is then the same everywhere.
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_TEACHER = ROOT / "demo" / "teacher"
@@ -238,3 +241,58 @@ def common_options(teacher, shards, output_dir, *more):
         "--seed=0",
         *map(str, more),
     ]
+
+
+@dataclass
+class Script:
+    """One of the four training scripts, with a teacher for it and options that make its run short."""
+
+    name: str
+    teacher: Path
+    shards: str
+    own_options: tuple
+
+    @property
+    def path(self):
+        return ROOT / f"train_lcm_distill_{self.name}_wds.py"
+
+    @property
+    def module(self):
+        return importlib.import_module(self.path.stem)
+
+    @property
+    def is_lora(self):
+        return "lora" in self.name
+
+    @property
+    def is_sdxl(self):
+        return "sdxl" in self.name
+
+    def options(self, output_dir, *more, teacher=None):
+        return common_options(teacher or self.teacher, self.shards, output_dir, *self.own_options, *more)
+
+    def main(self, output_dir, *more):
+        self.module.main(self.options(output_dir, *more))
+
+    def weights(self, folder):
+        """All that was trained and lies in `folder`, as one dict of tensors."""
+        files = sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("[su]*/*.safetensors"))
+        assert files
+        return {
+            f"{file.relative_to(folder)}: {name}": tensor for file in files for name, tensor in load_file(file).items()
+        }
+
+
+SCRIPTS = {
+    "sd": ("--unet_time_cond_proj_dim=16",),
+    "sdxl": ("--unet_time_cond_proj_dim=16", "--ema_decay=0.5"),
+    "lora_sd": ("--lora_rank=4", "--lora_alpha=8", "--lora_dropout=0.1", "--learning_rate=1e-2"),
+    "lora_sdxl": ("--lora_rank=4", "--lora_alpha=2", "--ema_decay=0.5", "--learning_rate=1e-2"),
+}
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def script(request, teacher, sdxl_teacher, shards):
+    """Each of the four scripts in turn."""
+    name = request.param
+    return Script(name, sdxl_teacher if "sdxl" in name else teacher, shards, SCRIPTS[name])

@@ -1,4 +1,4 @@
-"""The Stable Diffusion script, run for real on tiny models: in process and by `accelerate launch`."""
+"""The four scripts, run for real on tiny models: in process and by `accelerate launch`."""
 
 import json
 import os
@@ -32,9 +32,11 @@ def assert_same_weights(a, b):
         assert [key for key in left if not torch.equal(left[key], right[key])] == []
 
 
-def differ(a, b):
-    left, right = weights(a), weights(b)
-    return any(not torch.equal(left[key], right[key]) for key in left)
+def assert_same_outputs(script, a, b):
+    """Everything that was trained, bit for bit."""
+    left, right = script.weights(a), script.weights(b)
+    assert left.keys() == right.keys()
+    assert [key for key in left if not torch.equal(left[key], right[key])] == []
 
 
 def run_python(*arguments, env=None, check=True):
@@ -48,49 +50,88 @@ def run_python(*arguments, env=None, check=True):
 # What a run leaves behind.
 
 
+FULL_OUTPUTS = {"unet", "unet_target", "scheduler"}
+OUTPUTS = {
+    "sd": FULL_OUTPUTS,
+    "sdxl": FULL_OUTPUTS,
+    "lora_sd": {"pytorch_lora_weights.safetensors", "lcm_lora_kohya.safetensors", "scheduler"},
+    "lora_sdxl": {"pytorch_lora_weights.safetensors", "lcm_lora_kohya.safetensors", "scheduler", "student"},
+}
+
+
+@pytest.fixture(scope="module")
+def output(script, tmp_path_factory):
+    """The output folder of one short run with every kind of output, and what it printed."""
+    folder = tmp_path_factory.mktemp("output")
+    script.main(folder, "--checkpointing_steps=2", "--validation_steps=2")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def finished(teacher, shards, tmp_path_factory):
-    """The output folder of one short run with every kind of output."""
+    """The same of the Stable Diffusion script alone."""
     folder = tmp_path_factory.mktemp("finished")
     main(sd_options(teacher, shards, folder, "--checkpointing_steps=2", "--validation_steps=2", "--ema_decay=0.5"))
     return folder
 
 
-@pytest.mark.parametrize("name", ["unet", "unet_target"])
-def test_output_samples_in_the_stock_pipeline(finished, teacher, name):
+def test_files_of_a_run(script, output):
+    files = {path.name for path in output.iterdir()}
+    assert files == OUTPUTS[script.name] | {"validation", "README.md", "checkpoint-2", "checkpoint-4"}
+    assert {path.name for path in (output / "validation").iterdir()} == {"step-000002.png", "step-000004.png"}
+    card = (output / "README.md").read_text()
+    assert "from_pretrained" in card and "LCMScheduler" in card
+    assert "load_lora_weights" in card if script.is_lora else 'subfolder="unet_target"' in card
+
+
+@pytest.mark.parametrize("folder", [".", "checkpoint-4"])
+def test_output_and_checkpoint_sample_in_the_stock_pipeline(script, output, folder):
+    """Whole, float32, no key too few or too many; the networks as fp16 variant too, but for the checkpoint's."""
     from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 
-    unet, info = UNet2DConditionModel.from_pretrained(finished, subfolder=name, output_loading_info=True)
-    assert not any(info.values()), info
-    assert unet.dtype == torch.float32
-    scheduler = LCMScheduler.from_pretrained(finished, subfolder="scheduler")
-    pipeline = DiffusionPipeline.from_pretrained(teacher, unet=unet, scheduler=scheduler)
+    pipeline = DiffusionPipeline.from_pretrained(script.teacher)
+    if script.is_lora:
+        pipeline.load_lora_weights(output / folder)
+    else:
+        for name in ("unet", "unet_target"):
+            where = {"subfolder": name, "output_loading_info": True}
+            pipeline.unet, info = UNet2DConditionModel.from_pretrained(output / folder, **where)
+            assert not any(info.values()), info
+            assert pipeline.unet.dtype == torch.float32
+            if folder == ".":
+                half, info = UNet2DConditionModel.from_pretrained(output, variant="fp16", dtype=torch.float16, **where)
+                assert not any(info.values()) and half.dtype == torch.float16
+                for name, tensor in half.state_dict().items():
+                    assert torch.equal(tensor, pipeline.unet.state_dict()[name].half())
+    pipeline.scheduler = LCMScheduler.from_pretrained(output / folder, subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
     for steps in (1, 2, 4):
-        image = pipeline("a red three", num_inference_steps=steps, guidance_scale=8.0, height=16, width=16).images[0]
+        image = pipeline("a red three", num_inference_steps=steps, guidance_scale=1, height=16, width=16).images[0]
         assert image.size == (16, 16)
 
 
-def test_guidance_scale_reaches_the_student(finished, teacher):
+@pytest.mark.parametrize("script", ["sd", "sdxl"], indirect=True)
+def test_guidance_scale_reaches_the_student(script, output):
     from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_pretrained(finished, subfolder="unet")
+    unet = UNet2DConditionModel.from_pretrained(output, subfolder="unet")
     assert unet.time_embedding.cond_proj.weight.abs().max() > 0
-    pipeline = DiffusionPipeline.from_pretrained(teacher, unet=unet)
-    pipeline.scheduler = LCMScheduler.from_pretrained(finished, subfolder="scheduler")
+    pipeline = DiffusionPipeline.from_pretrained(script.teacher, unet=unet)
+    pipeline.scheduler = LCMScheduler.from_pretrained(output, subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
 
     def latents(scale):
+        size = {"height": 16, "width": 16, "num_inference_steps": 2}
         generator = torch.manual_seed(0)
-        return pipeline("x", 16, 16, 2, guidance_scale=scale, generator=generator, output_type="latent").images
+        return pipeline("x", guidance_scale=scale, generator=generator, output_type="latent", **size).images
 
     assert not torch.equal(latents(6.0), latents(12.0))
 
 
-def test_saved_scheduler_carries_grid_and_scaling(teacher, shards, tmp_path):
+def test_saved_scheduler_carries_grid_and_scaling(script, tmp_path):
     from diffusers import LCMScheduler
 
-    main(sd_options(teacher, shards, tmp_path, "--num_ddim_timesteps=20", "--timestep_scaling_factor=7"))
+    script.main(tmp_path, "--num_ddim_timesteps=20", "--timestep_scaling_factor=7", "--max_train_steps=1")
     scheduler = LCMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     assert scheduler.config.original_inference_steps == 20
     assert scheduler.config.timestep_scaling == 7
@@ -99,22 +140,22 @@ def test_saved_scheduler_carries_grid_and_scaling(teacher, shards, tmp_path):
     assert scheduler.timesteps.tolist() == [50 * i - 1 for i in range(20, 0, -1)]
 
 
-def test_ema_lags_behind_the_student(finished):
-    assert any(not torch.equal(weights(finished, "unet")[k], v) for k, v in weights(finished, "unet_target").items())
+def test_moving_average_lags_behind_the_student(script, output):
+    trained = script.weights(output)
+    if script.name == "lora_sd":  # it has none
+        assert not [name for name in trained if name.startswith("student")]
+        return
+    student, average = ("student/", "") if script.is_lora else ("unet/", "unet_target/")
+    pairs = [(trained[f"{average}{name.removeprefix(student)}"], trained[name]) for name in trained
+             if name.startswith(student)]  # fmt: skip
+    assert len(pairs) > 50 and any(not torch.equal(a, b) for a, b in pairs)
 
 
-def test_files_of_a_run(finished):
-    names = {path.name for path in finished.iterdir()}
-    assert names == {"unet", "unet_target", "scheduler", "validation", "README.md", "checkpoint-2", "checkpoint-4"}
-    assert {path.name for path in (finished / "validation").iterdir()} == {"step-000002.png", "step-000004.png"}
-    card = (finished / "README.md").read_text()
-    assert "from_pretrained" in card and "LCMScheduler" in card
-
-
-def test_closing_lines_can_be_run(teacher, shards, tmp_path, capsys):
-    main(sd_options(teacher, shards, tmp_path))
+def test_closing_lines_can_be_run(script, tmp_path, capsys):
+    script.main(tmp_path)
     printed = capsys.readouterr().out
     assert "Trained to step 4" in printed and "skipped: none" in printed
+    assert all(str(tmp_path / name) in printed for name in OUTPUTS[script.name])
     code = printed[printed.index("import torch") :]
     code = code.replace('.to("cuda")', "").replace("float16", "float32")
     code = code.replace("num_inference_steps=4", "num_inference_steps=1, height=16, width=16")
@@ -160,9 +201,9 @@ def test_guidance_projection_is_the_same_on_every_process(teacher, shards, tmp_p
     assert torch.equal(*projections)
 
 
-def test_first_loss_is_that_of_the_formulas(teacher, shards, tmp_path, monkeypatch):
+def test_first_loss_is_that_of_the_formulas(script, tmp_path, monkeypatch):
     """The first loss of a run equals Algorithm 1 written out with diffusers' own classes."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, DiffusionPipeline
 
     import lcm_data
 
@@ -176,29 +217,45 @@ def test_first_loss_is_that_of_the_formulas(teacher, shards, tmp_path, monkeypat
 
     monkeypatch.setattr(lcm_data.TrainingData, "__iter__", recording)
     monkeypatch.setattr(lcm_training.Progress, "step", lambda self, step, loss, lr: losses.append(loss))
-    main(sd_options(teacher, shards, tmp_path, "--max_train_steps=1", "--validation_steps=9"))
+    script.main(tmp_path, "--max_train_steps=1", "--validation_steps=9")
 
-    pipeline = StableDiffusionPipeline.from_pretrained(teacher)
-    args = parse_args(sd_options(teacher, shards, tmp_path))
-    _, student, _ = models(args, lcm_training.start(args))
+    pipeline = DiffusionPipeline.from_pretrained(script.teacher)
+    args = script.module.parse_args(script.options(tmp_path))
+    if script.is_lora:
+        student = pipeline.unet  # a new LoRA changes nothing
+    else:
+        accelerator = lcm_training.start(args)
+        encoder = lcm_teacher.SDXLPromptEncoder if script.is_sdxl else lcm_teacher.PromptEncoder
+        student = script.module.load_models(args, accelerator, encoder(args, accelerator))[1]
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     scheduler.set_timesteps(50)
     generator = lcm_training.step_generator(0, 0, 0, "cpu")
+
+    def conditioning(i):
+        """What the pipelines give their U-Net for sample i, with its caption and without."""
+        caption = batches[0]["captions"][i]
+        if not script.is_sdxl:
+            return [{"encoder_hidden_states": part} for part in pipeline.encode_prompt(caption, "cpu", 1, True)]
+        cond, uncond, pooled, negative_pooled = pipeline.encode_prompt(caption, do_classifier_free_guidance=True)
+        sizes = (*batches[0]["original_sizes"][i].tolist(), *batches[0]["crops"][i].tolist(), 16, 16)
+        time_ids = torch.tensor([sizes])
+        return [
+            {"encoder_hidden_states": hidden, "added_cond_kwargs": {"text_embeds": text_embeds, "time_ids": time_ids}}
+            for hidden, text_embeds in ((cond, pooled), (uncond, negative_pooled))
+        ]
+
     with torch.no_grad():
         z_0 = pipeline.vae.encode(batches[0]["pixels"]).latent_dist.sample(generator)
         z_0 = z_0 * pipeline.vae.config.scaling_factor
         n = torch.randint(50, (2,), generator=generator)
-        w = 5 + 10 * torch.rand(2, generator=generator)
+        w = args.w_min + (args.w_max - args.w_min) * torch.rand(2, generator=generator)
         noise = torch.randn(z_0.shape, generator=generator)
-        cond, uncond = pipeline.encode_prompt(batches[0]["captions"], "cpu", 1, True)
         total = 0
         for i in range(2):
+            cond, uncond = conditioning(i)
             t = 20 * (int(n[i]) + 1) - 1
             previous = max(t - 20, 0)
             z = scheduler.add_noise(z_0[i : i + 1], noise[i : i + 1], torch.tensor([t]))
-
-            def predict(z, t, hidden):
-                return pipeline.unet(z, t, hidden).sample
 
             def consistent(output, z, t):
                 alpha = scheduler.alphas_cumprod[t]
@@ -206,43 +263,52 @@ def test_first_loss_is_that_of_the_formulas(teacher, shards, tmp_path, monkeypat
                 c_skip = 0.25 / ((10 * t) ** 2 + 0.25)
                 return c_skip * z + 10 * t / ((10 * t) ** 2 + 0.25) ** 0.5 * x_0
 
-            guided = pipeline.unet(z, t, cond[i : i + 1]).sample * (1 + w[i]) - w[i] * predict(z, t, uncond[i : i + 1])
+            guided = (1 + w[i]) * pipeline.unet(z, t, **cond).sample - w[i] * pipeline.unet(z, t, **uncond).sample
             alpha, alpha_previous = scheduler.alphas_cumprod[t], scheduler.alphas_cumprod[previous]
             x_0 = (z - (1 - alpha).sqrt() * guided) / alpha.sqrt()
             z_n = alpha_previous.sqrt() * x_0 + (1 - alpha_previous).sqrt() * guided
-            w_emb = pipeline.get_guidance_scale_embedding(w[i : i + 1], embedding_dim=16)
-            f_student = consistent(student(z, t, cond[i : i + 1], timestep_cond=w_emb).sample, z, t)
-            f_target = consistent(student(z_n, previous, cond[i : i + 1], timestep_cond=w_emb).sample, z_n, previous)
+            if not script.is_lora:
+                w_emb = guidance_embedding(w[i : i + 1])
+                cond = {**cond, "timestep_cond": w_emb}
+            f_student = consistent(student(z, t, **cond).sample, z, t)
+            f_target = consistent(student(z_n, previous, **cond).sample, z_n, previous)
             total += (f_student - f_target).square().mean() / 2
     assert losses[0] == pytest.approx(total.item(), rel=1e-4)
+
+
+def guidance_embedding(w):
+    """diffusers' own embedding of the guidance weight, in 16 dimensions."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.get_guidance_scale_embedding(None, w, embedding_dim=16)
 
 
 # The same run again, and a run that is killed.
 
 
-def test_same_seed_same_weights_with_two_workers(teacher, shards, tmp_path):
+@pytest.mark.parametrize("script", ["sd", "lora_sdxl"], indirect=True)
+def test_same_seed_same_weights_with_two_workers(script, tmp_path):
     more = ["--dataloader_num_workers=2", "--random_flip"]
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):
-        main(sd_options(teacher, shards, tmp_path / name, *more, f"--seed={seed}"))
-    assert_same_weights(tmp_path / "a", tmp_path / "b")
-    assert differ(tmp_path / "a", tmp_path / "c")
+        script.main(tmp_path / name, *more, f"--seed={seed}")
+    assert_same_outputs(script, tmp_path / "a", tmp_path / "b")
+    other, same = script.weights(tmp_path / "c"), script.weights(tmp_path / "a")
+    assert any(not torch.equal(other[name], same[name]) for name in same)
 
 
 KILLED_AT = """
-import os, signal, sys
-import lcm_teacher
+import importlib, os, signal, sys
 import lcm_training
-from train_lcm_distill_sd_wds import main
 
 step = lcm_training.Progress.step
 
 def step_or_die(self, number, loss, rate):
-    if number == int(sys.argv[1]):
+    if number == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
     step(self, number, loss, rate)
 
 lcm_training.Progress.step = step_or_die
-main(sys.argv[2:])
+importlib.import_module(sys.argv[1]).main(sys.argv[3:])
 """
 
 UNBROKEN = [
@@ -258,24 +324,20 @@ UNBROKEN = [
 ]
 
 
-@pytest.fixture(scope="module")
-def unbroken(teacher, shards, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unbroken")
-    main(sd_options(teacher, shards, folder, *UNBROKEN))
-    return folder
+def test_killed_and_resumed_equals_unbroken(script, tmp_path):
+    """SIGKILL before the first checkpoint, then between two, inside a shard; then the same command a third time.
 
-
-@pytest.mark.parametrize("step", [1, 5])
-def test_killed_and_resumed_equals_unbroken(teacher, shards, tmp_path, unbroken, step):
-    """SIGKILL between two checkpoints, inside a shard, then the same command again."""
-    options = sd_options(teacher, shards, tmp_path, *UNBROKEN)
-    killed = run_python("-c", KILLED_AT, step, *options, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / "unet").exists()
-    expected = ["checkpoint-2", "checkpoint-4"] if step == 5 else []
-    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == expected
-    run_python(SCRIPT, *options)
-    assert_same_weights(tmp_path, unbroken)
+    With accumulation, two workers, flips and dropped captions; the LoRA has dropout, or a moving average.
+    """
+    script.main(tmp_path / "unbroken", *UNBROKEN)
+    options = script.options(tmp_path / "killed", *UNBROKEN)
+    for step in (1, 5):
+        killed = run_python("-c", KILLED_AT, script.path.stem, step, *options, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    found = {path.name for path in (tmp_path / "killed").iterdir()}
+    assert {"checkpoint-2", "checkpoint-4"} <= found and not found & OUTPUTS[script.name]
+    run_python(script.path, *options)
+    assert_same_outputs(script, tmp_path / "killed", tmp_path / "unbroken")
 
 
 def test_resume_restores_the_tally_and_the_seed(teacher, shards, tmp_path):
@@ -288,10 +350,10 @@ def test_resume_restores_the_tally_and_the_seed(teacher, shards, tmp_path):
     assert [state["data"][0]["num_used"] for state in states] == [4, 8]
 
 
-def test_validation_does_not_disturb_the_run(teacher, shards, tmp_path):
-    main(sd_options(teacher, shards, tmp_path / "often", "--validation_steps=1"))
-    main(sd_options(teacher, shards, tmp_path / "never", "--validation_steps=100"))
-    assert_same_weights(tmp_path / "often", tmp_path / "never")
+def test_validation_does_not_disturb_the_run(script, tmp_path):
+    script.main(tmp_path / "often", "--validation_steps=1")
+    script.main(tmp_path / "never", "--validation_steps=100")
+    assert_same_outputs(script, tmp_path / "often", tmp_path / "never")
 
 
 # Checkpoints.
@@ -449,31 +511,32 @@ def test_deepspeed_is_refused_in_one_line(teacher, shards, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("accelerate")
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("cast", [[], ["--cast_teacher_unet"]])
-def test_half_precision_on_a_gpu(teacher, shards, tmp_path, precision, cast):
-    """Trains, draws, saves and goes on; the trained weights stay float32 and finite."""
-    more = [f"--mixed_precision={precision}", "--checkpointing_steps=2", "--gradient_checkpointing", *cast]
-    main(sd_options(teacher, shards, tmp_path, *more))
-    main(sd_options(teacher, shards, tmp_path, *more, "--resume_from_checkpoint=latest", "--max_train_steps=6"))
-    for tensor in weights(tmp_path).values():
-        assert tensor.dtype == torch.float32 and tensor.isfinite().all()
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.cuda)])
+def test_half_precision(script, tmp_path, precision):
+    """Trains, draws, saves and goes on; the trained weights stay float32 and finite. fp16 needs a GPU."""
+    more = ["--checkpointing_steps=2", "--gradient_checkpointing", "--cast_teacher_unet"]
+    script.main(tmp_path, f"--mixed_precision={precision}", *more)
+    more += ["--resume_from_checkpoint=latest", "--max_train_steps=6"]
+    script.main(tmp_path, f"--mixed_precision={precision}", *more)
+    trained = script.weights(tmp_path)
+    for name, tensor in trained.items():
+        is_half = "fp16" in name or "kohya" in name
+        assert tensor.dtype == (torch.float16 if is_half else torch.float32) and tensor.isfinite().all()
     assert (tmp_path / "validation" / "step-000006.png").exists()
 
 
 # As users start it.
 
 
-def test_accelerate_launch(teacher, shards, tmp_path):
+def test_accelerate_launch(script, tmp_path):
     """The same weights as the run in process, with a TensorBoard log and pictures."""
-    options = sd_options(teacher, shards, tmp_path / "launched", "--report_to=tensorboard")
+    options = script.options(tmp_path / "launched", "--report_to=tensorboard")
     launch = ["-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no",
               "--dynamo_backend=no", "--cpu"]  # fmt: skip
-    done = run_python(*launch, SCRIPT, *options)
+    done = run_python(*launch, script.path, *options)
     assert "trainable parameters" in done.stderr and "loss" in done.stderr
-    main(sd_options(teacher, shards, tmp_path / "in_process"))
-    assert_same_weights(tmp_path / "launched", tmp_path / "in_process")
+    script.main(tmp_path / "in_process")
+    assert_same_outputs(script, tmp_path / "launched", tmp_path / "in_process")
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -526,6 +589,43 @@ def test_command_of_the_diffusers_guide(teacher, shards, tmp_path):
         run_python("-c", GUIDE_SNIPPET, "tester/saved-model", teacher, env=env)
     output = tmp_path / "saved-model"
     assert {"unet", "unet_target", "scheduler", "checkpoint-2", "checkpoint-4"} <= {p.name for p in output.iterdir()}
+
+
+PUSHED = {
+    "sdxl": {"config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"},
+    "lora_sd": {"pytorch_lora_weights.safetensors", "lcm_lora_kohya.safetensors"},
+    "lora_sdxl": {"pytorch_lora_weights.safetensors", "lcm_lora_kohya.safetensors"},
+}
+CARDS_CODE = """
+import re, sys
+from huggingface_hub import ModelCard
+
+repo, teacher = sys.argv[1:]
+card = ModelCard.load(repo)
+code = re.search(r"```python\\n(.*?)```", card.text, re.S)[1]
+code = code.replace('.to("cuda")', "").replace("float16", "float32")
+code = code.replace('"' + teacher.rpartition("/")[2] + '"', repr(teacher))
+exec(code.replace("num_inference_steps=4", "num_inference_steps=1, height=16, width=16"))
+assert image.size == (16, 16)
+print(card.data.tags, card.data.library_name, pipeline.unet.dtype)
+"""
+
+
+@pytest.mark.parametrize("script", PUSHED, indirect=True)
+def test_push_and_the_cards_own_code(script, tmp_path):
+    """What lies in the repository, and nothing else; the code on its card, run as a stranger would, on a CPU."""
+    with HubServer() as server:
+        env = client_env(server, tmp_path / "home")
+        options = script.options(tmp_path / "mine", "--push_to_hub", "--checkpointing_steps=2")
+        run_python(script.path, *options, env=env)
+        pushed = server.files("tester/mine")
+        always = {".gitattributes", "README.md", "scheduler/scheduler_config.json", "validation.png"}
+        assert set(pushed) == always | PUSHED[script.name]
+        assert server.private("tester/mine")
+        for text in (str(tmp_path), str(script.teacher), server.token):
+            assert not [name for name, data in pushed.items() if text.encode() in data]
+        done = run_python("-c", CARDS_CODE, "tester/mine", script.teacher, env=env)
+        assert ("'lora'" in done.stdout) == script.is_lora and "latent-consistency-model" in done.stdout
 
 
 def test_interrupted_upload_loses_nothing(teacher, shards, tmp_path):
