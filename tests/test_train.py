@@ -546,86 +546,80 @@ def test_accelerate_launch(script, tmp_path):
     assert [event.step for event in log.Images("validation")] == [4]
 
 
-GUIDE_SNIPPET = """
-import sys
-import torch
-from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
-
-repo, teacher = sys.argv[1:]
-unet = UNet2DConditionModel.from_pretrained(repo, torch_dtype=torch.float16, variant="fp16")
-assert unet.dtype == torch.float16 and unet.config.time_cond_proj_dim
-pipeline = DiffusionPipeline.from_pretrained(teacher, unet=unet.float())
-pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
-image = pipeline("sushi", num_inference_steps=4, guidance_scale=1.0, height=16, width=16).images[0]
-scheduler = LCMScheduler.from_pretrained(repo, subfolder="scheduler")
-assert scheduler.config.original_inference_steps == 50
-"""
-
-
-def test_command_of_the_diffusers_guide(teacher, shards, tmp_path):
-    """The guide's command with model, shards, tracker, steps and resolution replaced; then the guide's snippet."""
-    options = f"""
-    --pretrained_teacher_model={teacher} --output_dir={tmp_path}/saved-model --mixed_precision=fp16 --resolution=16
-    --learning_rate=1e-6 --loss_type=huber --ema_decay=0.95 --adam_weight_decay=0.0 --max_train_steps=4
+# The commands of the public folder's READMEs and of the diffusers guide: what all four have, and what is one's own.
+PUBLIC_COMMAND = """
+    --mixed_precision=fp16 --resolution=16 --loss_type=huber --adam_weight_decay=0.0 --max_train_steps=4
     --max_train_samples=4000000 --dataloader_num_workers=2 --validation_steps=2 --checkpointing_steps=2
     --checkpoints_total_limit=10 --train_batch_size=4 --gradient_checkpointing
     --enable_xformers_memory_efficient_attention --gradient_accumulation_steps=1 --use_8bit_adam
     --resume_from_checkpoint=latest --report_to=tensorboard --seed=453645634 --push_to_hub
-    """.split()
-    options.append(f"--train_shards_path_or_url=pipe:cat {shards}")
-    with HubServer() as server:
-        env = client_env(server, tmp_path / "home")
-        run_python("-m", "accelerate.commands.launch", "--cpu", SCRIPT, *options, env=env)
-        pushed = server.files("tester/saved-model")
-        assert {".gitattributes", "README.md", "config.json", "diffusion_pytorch_model.safetensors",
-                "diffusion_pytorch_model.fp16.safetensors", "scheduler/scheduler_config.json",
-                "validation.png"} == set(pushed)  # fmt: skip
-        assert server.private("tester/saved-model")
-        card = pushed["README.md"].decode()
-        assert 'from_pretrained("tester/saved-model", variant="fp16"' in card
-        for text in (str(tmp_path), str(teacher), server.token):
-            assert text not in card and text.encode() not in pushed["config.json"]
-        env.pop("HF_HUB_OFFLINE", None)
-        run_python("-c", GUIDE_SNIPPET, "tester/saved-model", teacher, env=env)
-    output = tmp_path / "saved-model"
-    assert {"unet", "unet_target", "scheduler", "checkpoint-2", "checkpoint-4"} <= {p.name for p in output.iterdir()}
-
-
-PUSHED = {
-    "sdxl": {"config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"},
-    "lora_sd": {"pytorch_lora_weights.safetensors", "lcm_lora_kohya.safetensors"},
-    "lora_sdxl": {"pytorch_lora_weights.safetensors", "lcm_lora_kohya.safetensors"},
+"""
+OWN_OPTIONS = {
+    "sd": ["--learning_rate=1e-6", "--ema_decay=0.95"],
+    "sdxl": ["--learning_rate=1e-6", "--ema_decay=0.95", "--use_fix_crop_and_size"],
+    "lora_sd": ["--learning_rate=1e-4", "--lora_rank=64"],
+    "lora_sdxl": ["--learning_rate=1e-4", "--lora_rank=64", "--use_fix_crop_and_size"],
 }
-CARDS_CODE = """
+FULL_FILES = {"config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"}
+LORA_FILES = {"pytorch_lora_weights.safetensors", "lcm_lora_kohya.safetensors"}
+
+GUIDE_SNIPPET = """
+unet = UNet2DConditionModel.from_pretrained(repo, torch_dtype=torch.float16, variant="fp16")
+assert unet.dtype == torch.float16 and unet.config.time_cond_proj_dim
+pipeline = DiffusionPipeline.from_pretrained(teacher, unet=unet.float())
+pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+"""
+LORA_SNIPPET = """
+pipeline = DiffusionPipeline.from_pretrained(teacher)
+pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+pipeline.load_lora_weights(repo)
+"""
+USE_WHAT_WAS_PUSHED = """
 import re, sys
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from huggingface_hub import ModelCard
 
-repo, teacher = sys.argv[1:]
+repo, teacher, snippet = sys.argv[1:]
+exec(snippet)
+pipeline("sushi", num_inference_steps=4, guidance_scale=1.0, height=16, width=16).images[0]
+
 card = ModelCard.load(repo)
 code = re.search(r"```python\\n(.*?)```", card.text, re.S)[1]
 code = code.replace('.to("cuda")', "").replace("float16", "float32")
 code = code.replace('"' + teacher.rpartition("/")[2] + '"', repr(teacher))
-exec(code.replace("num_inference_steps=4", "num_inference_steps=1, height=16, width=16"))
+exec(code.replace("num_inference_steps=4", "num_inference_steps=4, height=16, width=16"))
 assert image.size == (16, 16)
-print(card.data.tags, card.data.library_name, pipeline.unet.dtype)
+assert LCMScheduler.from_pretrained(repo, subfolder="scheduler").config.original_inference_steps == 50
+print(card.data.tags)
 """
 
 
-@pytest.mark.parametrize("script", PUSHED, indirect=True)
-def test_push_and_the_cards_own_code(script, tmp_path):
-    """What lies in the repository, and nothing else; the code on its card, run as a stranger would, on a CPU."""
+def test_public_command_and_what_it_pushes(script, tmp_path):
+    """The public command with model, shards, tracker, steps and resolution replaced, against a stand-in Hub.
+
+    Then what lies in the repository, the guide's snippet, and the code on the card, run as a stranger would.
+    """
+    vae = [f"--pretrained_vae_model_name_or_path={script.teacher / 'vae'}"] if script.is_sdxl else []
+    output = tmp_path / "saved-model"
     with HubServer() as server:
         env = client_env(server, tmp_path / "home")
-        options = script.options(tmp_path / "mine", "--push_to_hub", "--checkpointing_steps=2")
-        run_python(script.path, *options, env=env)
-        pushed = server.files("tester/mine")
+        run_python(
+            "-m", "accelerate.commands.launch", "--cpu", script.path, *PUBLIC_COMMAND.split(), *OWN_OPTIONS[script.name], *vae,
+            f"--pretrained_teacher_model={script.teacher}", f"--output_dir={output}",
+            f"--train_shards_path_or_url=pipe:cat {script.shards}", env=env,
+        )  # fmt: skip
+        pushed = server.files("tester/saved-model")
         always = {".gitattributes", "README.md", "scheduler/scheduler_config.json", "validation.png"}
-        assert set(pushed) == always | PUSHED[script.name]
-        assert server.private("tester/mine")
+        assert set(pushed) == always | (LORA_FILES if script.is_lora else FULL_FILES)
+        assert server.private("tester/saved-model")
         for text in (str(tmp_path), str(script.teacher), server.token):
             assert not [name for name, data in pushed.items() if text.encode() in data]
-        done = run_python("-c", CARDS_CODE, "tester/mine", script.teacher, env=env)
+        snippet = LORA_SNIPPET if script.is_lora else GUIDE_SNIPPET
+        done = run_python("-c", USE_WHAT_WAS_PUSHED, "tester/saved-model", script.teacher, snippet, env=env)
         assert ("'lora'" in done.stdout) == script.is_lora and "latent-consistency-model" in done.stdout
+    written = {path.name for path in output.iterdir()}
+    assert {"checkpoint-2", "checkpoint-4"} | (OUTPUTS[script.name] - {"student"}) <= written
 
 
 def test_interrupted_upload_loses_nothing(teacher, shards, tmp_path):
