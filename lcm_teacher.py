@@ -121,7 +121,7 @@ def load_unet(args, encode_prompts, dtype):
     for name, expected in encode_prompts.unet_config(config).items():
         if config[name] != expected:
             raise UserError(
-                f"{OPTION}: its U-Net has {name} = {config[name]}; allowed here: {expected}, for a model that is "
+                f"{OPTION}: its U-Net has {name} = {config[name]}; allowed here: {expected}, as in "
                 f"{encode_prompts.layout}"
             )
     unet = load_part(diffusers.UNet2DConditionModel, args, "unet", dtype=dtype)

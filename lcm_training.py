@@ -185,12 +185,13 @@ def samples_per_step(args, accelerator):
 
 def describe_run(args, accelerator, student, solver, data_config, steps_per_epoch):
     """Log what the run is about to do."""
-    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6
+    parameters = sum(p.numel() for p in student.parameters()) / 1e6
     total = samples_per_step(args, accelerator)
     epochs = f", {args.max_train_steps / steps_per_epoch:.3g} epochs of {steps_per_epoch}" if steps_per_epoch else ""
-    guidance = f"w in [{args.w_min:g}, {args.w_max:g}], guidance_scale {args.w_min + 1:g} to {args.w_max + 1:g}"
+    guidance = f"w in [{args.w_min:g}, {args.w_max:g}]: guidance_scale {args.w_min + 1:g} to {args.w_max + 1:g}"
     for line in (
-        f"Teacher: {args.pretrained_teacher_model}; {trainable / 1e6:.2f} M trainable parameters",
+        f"Teacher: {args.pretrained_teacher_model}; {trainable:.2f} M trainable parameters of {parameters:.2f} M",
         f"Device: {accelerator.device}, {accelerator.num_processes} process(es), "
         f"mixed precision {accelerator.mixed_precision}",
         f"Batch: {args.train_batch_size} samples x {accelerator.num_processes} processes "

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, sd_options
+from conftest import ROOT, make_sdxl_teacher, sd_options
 from hub_server import HubServer, client_env
 from safetensors.torch import load_file
 
@@ -281,6 +281,32 @@ def guidance_embedding(w):
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline.get_guidance_scale_embedding(None, w, embedding_dim=16)
+
+
+@pytest.mark.parametrize("script", ["sdxl", "lora_sdxl"], indirect=True)
+def test_teacher_with_blocks_as_in_ssd_1b(script, tmp_path):
+    """No middle block, other depths on the way up: trained, saved, and loaded by the stock pipeline."""
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+    teacher = make_sdxl_teacher(
+        tmp_path / "teacher",
+        unet_config={
+            "block_out_channels": (8, 16),
+            "mid_block_type": None,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (0, (2,)),
+            "reverse_transformer_layers_per_block": ((2, 1), (0, 0)),
+        },
+    )
+    script.module.main(script.options(tmp_path / "out", teacher=teacher))
+    pipeline = DiffusionPipeline.from_pretrained(teacher)
+    if script.is_lora:
+        pipeline.load_lora_weights(tmp_path / "out")
+        assert pipeline.get_list_adapters()["unet"]
+    else:
+        _, info = UNet2DConditionModel.from_pretrained(tmp_path / "out/unet", output_loading_info=True)
+        assert not any(info.values())
 
 
 # The same run again, and a run that is killed.
@@ -605,7 +631,8 @@ def test_public_command_and_what_it_pushes(script, tmp_path):
     with HubServer() as server:
         env = client_env(server, tmp_path / "home")
         run_python(
-            "-m", "accelerate.commands.launch", "--cpu", script.path, *PUBLIC_COMMAND.split(), *OWN_OPTIONS[script.name], *vae,
+            "-m", "accelerate.commands.launch", "--cpu", script.path,
+            *PUBLIC_COMMAND.split(), *OWN_OPTIONS[script.name], *vae,
             f"--pretrained_teacher_model={script.teacher}", f"--output_dir={output}",
             f"--train_shards_path_or_url=pipe:cat {script.shards}", env=env,
         )  # fmt: skip
