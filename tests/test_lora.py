@@ -15,22 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lcm_lora
+from benchmarks.estimate import SD, SDXL
 from lcm_common import update_ema
 from lcm_lora import EMA, TRAINED, AdapterView
-
-SDXL = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "cross_attention_dim": 2048,
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
 
 
 def options(**more):
@@ -258,7 +245,7 @@ COMFYUI = re.compile(
 )
 
 
-@pytest.mark.parametrize("config", [{"sample_size": 64, "cross_attention_dim": 768}, SDXL])
+@pytest.mark.parametrize("config", [SD, SDXL])
 def test_kohya_names_are_those_of_comfyui(config):
     """On U-Nets of the real shapes: every layer of the blocks, under a name that ComfyUI knows.
 
