@@ -58,10 +58,11 @@ class FullModel:
         """Write each network to its own folder in `folder`, in float32 and as fp16 variant."""
         self.save(folder)
         for name, network in self.networks.items():
-            path = os.path.join(folder, name)
-            half = type(network).from_pretrained(path, dtype=torch.float16)  # on the CPU: the GPU may be full
-            half.register_to_config(_name_or_path="")
-            half.save_pretrained(path, variant="fp16")
+            weights = {key: tensor.to("cpu", torch.float16) for key, tensor in network.state_dict().items()}
+            with torch.device("meta"):  # no second copy in float32, on the GPU or here
+                half = type(network).from_config(network.config)
+            half.load_state_dict(weights, assign=True)
+            half.save_pretrained(os.path.join(folder, name), variant="fp16")
 
     def describe(self, output_dir):
         """Lines that say what `export` wrote."""
