@@ -1,6 +1,7 @@
 """The demo: its teacher keeps what the README says of it, its shards can be made again, its command works."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,30 @@ def test_only_compare_samples_again(finished):
     for row in before + after:
         del row["seconds"]
     assert before == after
+
+
+def test_lora_joins_the_table_of_what_is_in_the_folder(finished, tmp_path):
+    """With --lora its rows follow those of the first command, which stay as they were."""
+    folder = tmp_path / "out"
+    shutil.copytree(finished[0], folder)
+    before = json.loads((folder / "rows.json").read_text())
+    printed = run_demo("run.py", "--lora", "--output_dir", folder, "--max_train_steps", 3, "--num_images", 100)
+    assert "train_lcm_distill_lora_sd_wds.py" in printed
+    rows = json.loads((folder / "rows.json").read_text())
+    assert [(row["steps"], row["guidance"]) for row in rows if row["network"] == "LoRA"] == [(4, 1), (2, 1), (1, 1)]
+    for row in before + rows:
+        del row["seconds"]
+    assert [row for row in rows if row["network"] != "LoRA"] == before
+    shown = [line for line in printed.splitlines() if line.startswith("| ")]
+    assert sum("| LoRA |" in line for line in shown) == sum("| student |" in line for line in shown) == 3
+    assert set(shown) <= set((folder / "table.md").read_text().splitlines())
+
+
+def test_only_compare_needs_something_to_compare(tmp_path):
+    command = [sys.executable, DEMO / "run.py", "--only_compare", "--output_dir", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "--only_compare" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_shards_can_be_made_again_byte_for_byte(tmp_path):
