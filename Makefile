@@ -1,13 +1,16 @@
-# make demo: train and compare on the built-in teacher.  make test: run the tests.
-# Both make a virtual environment in .venv first; PYTHON=python3.12 picks another interpreter.
+# make demo: distil the built-in teacher and compare.  make demo-lora: the same with a LoRA.  make test: run the tests.
+# All make a virtual environment in .venv first; PYTHON=python3.12 picks another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo demo-lora test lint
 
 demo: .venv/installed
 	$(BIN)/python demo/run.py $(ARGS)
+
+demo-lora: .venv/installed
+	$(BIN)/python demo/run.py --lora $(ARGS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,11 +1,13 @@
 """The demo: distil the built-in teacher with the very script that users run, then compare the two in one table.
 
-    python demo/run.py
+    python demo/run.py           # a whole U-Net
+    python demo/run.py --lora    # a LoRA
 
-1. `accelerate launch train_lcm_distill_sd_wds.py` on demo/teacher and demo/shards, with the options below. To distil
-   a model of your own, change the two paths.
-2. Samples the teacher (50 steps, and its best samplers at 4, 2 and 1) and the student (4, 2 and 1), and measures: is
-   what the caption asks for in the picture, how far are the pictures from held-out ones, what do they cost.
+1. `accelerate launch train_lcm_distill_sd_wds.py`, or `train_lcm_distill_lora_sd_wds.py`, on demo/teacher and
+   demo/shards, with the options below. To distil a model of your own, change the two paths.
+2. Samples the teacher (50 steps, and its best samplers at 4, 2 and 1) and the student, the LoRA, or both if both are
+   in the output folder (4, 2 and 1), and measures: is what the caption asks for in the picture, how far are the
+   pictures from held-out ones, what do they cost.
 3. Writes `comparison.png`, `table.md` and `rows.json` to the output folder, and prints the table.
 
 Options that are not listed below go to the training script: `python demo/run.py --learning_rate 5e-4`.
@@ -30,6 +32,12 @@ sys.path.append(str(ROOT))
 GUIDANCE_SCALE = 3.0
 TEACHER_SAMPLERS = [(name, scale) for name in ("ddim-trailing", "dpm++") for scale in (GUIDANCE_SCALE, 1.5)]
 FEW_STEPS = (4, 2, 1)
+# For each student what it leaves in the output folder, and the guidance scale to sample with. A LoRA has learned its
+# guidance, and 1 adds none.
+STUDENTS = {
+    "student": ("unet_target", GUIDANCE_SCALE),
+    "LoRA": ("lora/pytorch_lora_weights.safetensors", 1.0),
+}
 SHOWN = (
     "a red three on a white background",
     "a green seven on a black background",
@@ -44,27 +52,41 @@ def train(args):
     options = {
         "pretrained_teacher_model": HERE / "teacher",
         "train_shards_path_or_url": HERE / "shards" / "train-{00000..00005}.tar",
-        "output_dir": args.output_dir,
         "resolution": 32,
         "train_batch_size": 32,
         "max_train_steps": args.max_train_steps,
-        "learning_rate": 7e-4,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 20,
-        "ema_decay": 0.95,
-        "w_min": 1,
-        "w_max": 3,
         "num_ddim_timesteps": 20,
         "loss_type": "huber",
         "dataloader_num_workers": 1,
         "checkpoints_total_limit": 1,
         "validation_num_inference_steps": (1, 2, 4),
         "validation_prompts": SHOWN,
-        "validation_guidance_scale": GUIDANCE_SCALE,
         "seed": args.seed,
     }
+    if args.lora:
+        script = "train_lcm_distill_lora_sd_wds.py"
+        options |= {
+            "output_dir": os.path.join(args.output_dir, "lora"),
+            "learning_rate": 2e-3,
+            "lora_rank": 16,
+            "lora_alpha": 16,
+            "w_min": 2,  # a LoRA is not told w: one value, the guidance scale - 1
+            "w_max": 2,
+        }
+    else:
+        script = "train_lcm_distill_sd_wds.py"
+        options |= {
+            "output_dir": args.output_dir,
+            "learning_rate": 7e-4,
+            "ema_decay": 0.95,
+            "w_min": 1,
+            "w_max": 3,
+            "validation_guidance_scale": GUIDANCE_SCALE,
+        }
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", "train_lcm_distill_sd_wds.py"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", script]
     for name, value in options.items():
         command += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
     command += args.more
@@ -86,16 +108,25 @@ class Bench:
         self.captions = evaluate.choose_captions(args.num_images, args.seed)
         self.real_images, _ = evaluate.load_heldout()
 
+    def load(self, network, sampler):
+        """The pipeline that samples a network, put together as users do it."""
+        if network == "teacher":
+            return self.evaluate.load_pipeline(HERE / "teacher", scheduler=sampler)
+        from diffusers import LCMScheduler
+
+        folder = Path(self.args.output_dir)
+        if network == "LoRA":
+            folder /= "lora"
+            pipeline = self.evaluate.load_pipeline(HERE / "teacher")
+            pipeline.load_lora_weights(folder)
+        else:
+            pipeline = self.evaluate.load_pipeline(HERE / "teacher", unet=folder / "unet_target")
+        pipeline.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+        return pipeline
+
     def row(self, network, steps, sampler, guidance_scale=GUIDANCE_SCALE):
         """One row of the table, as a dict; `pictures` are the sampled ones (N, 3, H, W) uint8."""
-        if network == "teacher":
-            pipeline = self.evaluate.load_pipeline(HERE / "teacher", scheduler=sampler)
-        else:
-            from diffusers import LCMScheduler
-
-            folder = Path(self.args.output_dir)
-            pipeline = self.evaluate.load_pipeline(HERE / "teacher", unet=folder / "unet_target")
-            pipeline.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+        pipeline = self.load(network, sampler)
         pictures, seconds = self.evaluate.sample(pipeline, self.captions, steps, guidance_scale, self.args.seed)
         digit, colour, everything = self.evaluate.accuracy(pictures, self.captions)
         distance = self.evaluate.frechet_distance(pictures, self.real_images)
@@ -118,26 +149,26 @@ class Bench:
         }
 
 
-def compare(args):
-    """All rows: the teacher at 50 steps, every teacher sampler and the student at few steps."""
+def compare(args, students):
+    """All rows: the teacher at 50 steps, every teacher sampler and the students at few steps."""
     bench = Bench(args)
     rows = [bench.row("teacher", 50, "ddim")]
     rows += [bench.row("teacher", steps, *sampler) for steps in FEW_STEPS for sampler in TEACHER_SAMPLERS]
-    rows += [bench.row("student", steps, "lcm") for steps in FEW_STEPS]
+    rows += [bench.row(name, steps, "lcm", STUDENTS[name][1]) for name in students for steps in FEW_STEPS]
     return bench.captions, rows
 
 
-def best_rows(rows):
-    """The rows to show: at few steps, the teacher's sampler that gets most right at the student's guidance scale, and
-    the one that gets most right at any."""
+def best_rows(rows, same_guidance=True):
+    """The rows to show: at few steps, the teacher's sampler that gets most right at the students' guidance scale (if
+    asked for), the one that gets most right at any, and the students."""
     shown = [rows[0]]
     for steps in FEW_STEPS:
         candidates = [r for r in rows if r["network"] == "teacher" and r["steps"] == steps]
         best = max(candidates, key=lambda r: (r["all"], -r["distance"]))
         same_guidance = [r for r in candidates if r["guidance"] == GUIDANCE_SCALE]
         best_at_same = max(same_guidance, key=lambda r: (r["all"], -r["distance"]))
-        student = next(r for r in rows if r["network"] == "student" and r["steps"] == steps)
-        shown += [best_at_same, *([best] if best is not best_at_same else []), student]
+        students = [r for r in rows if r["network"] != "teacher" and r["steps"] == steps]
+        shown += [*([best_at_same] if same_guidance and best_at_same is not best else []), best, *students]
     return shown
 
 
@@ -175,6 +206,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--lora", action="store_true", help="distil a LoRA, into the folder lora of --output_dir")
     parser.add_argument("--output_dir", default="lcm-demo", help="where everything is written (default: lcm-demo)")
     parser.add_argument("--max_train_steps", type=int, default=700, help="optimizer steps (default: 700)")
     parser.add_argument("--num_images", type=int, default=500, help="pictures a row of the table (default: 500)")
@@ -194,10 +226,15 @@ def main(argv=None):
     started = time.perf_counter()
     if not args.only_compare:
         train(args)
-    print("\nSampling teacher and student:", flush=True)
-    captions, rows = compare(args)
-    shown, folder = best_rows(rows), Path(args.output_dir)
-    draw(captions, shown, folder / "comparison.png")
+    folder = Path(args.output_dir)
+    students = [name for name, (made, _) in STUDENTS.items() if (folder / made).exists()]
+    if not students:
+        parser.error(f"--only_compare: {folder} holds neither a student nor a LoRA")
+    print(f"\nSampling {' and '.join(['teacher', *students])}:", flush=True)
+    captions, rows = compare(args, students)
+    shown = best_rows(rows)
+    # With two students there is no room for two columns of the teacher.
+    draw(captions, best_rows(rows, same_guidance=len(students) == 1), folder / "comparison.png")
     (folder / "table.md").write_text(as_markdown(rows) + "\n")
     numbers = [{name: value for name, value in row.items() if name != "pictures"} for row in rows]
     (folder / "rows.json").write_text(json.dumps(numbers, indent=1))
