@@ -40,15 +40,16 @@ STUDENT_FOLDER = "student"  # beside a moving average: the weights as the optimi
 def find_targets(unet, option):
     """The endings of layer names that get an adapter: those of `--lora_target_modules`, else the usual ones.
 
-    Raises UserError for a name that no linear or convolutional layer has.
+    Raises UserError for a name that no linear or convolutional layer has, or that other modules have too.
     """
-    names = [name for name, layer in unet.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
     if option is None:
         return list(DEFAULT_TARGETS)
+    fits = {name: isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) for name, layer in unet.named_modules()}
     targets = [target.strip() for target in option.split(",")]
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            endings = (name.rpartition(".") for name in names)
+        matches = [fit for name, fit in fits.items() if name == target or name.endswith(f".{target}")]
+        if not matches or not all(matches):
+            endings = (name.rpartition(".") for name, fit in fits.items() if fit)
             found = {f"{head.rpartition('.')[2]}.{last}" if last.isdigit() else last for head, _, last in endings}
             raise UserError(
                 f"--lora_target_modules: {target!r} is no linear or convolutional layer of the U-Net; allowed: names, "

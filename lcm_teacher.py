@@ -14,6 +14,7 @@ import transformers
 from lcm_options import UserError, first_line
 
 OPTION = "--pretrained_teacher_model"
+NO_OTHER_INPUTS = {"class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim_type": None}  # of a U-Net
 
 
 # Loading.
@@ -94,10 +95,22 @@ def load_noise_schedule(args):
 
 
 def load_vae(args, accelerator, dtype):
-    """The VAE, frozen: the teacher's, or the one given in its place."""
+    """The VAE, frozen: the teacher's, or the one given in its place. Raises UserError if its latents do not fit."""
     path = args.pretrained_vae_model_name_or_path
     vae = load_part(diffusers.AutoencoderKL, args, None if path else "vae", path, dtype=dtype)
+    taken, given = unet_config(args)["in_channels"], vae.config.latent_channels
+    if path and taken != given:
+        raise UserError(
+            f"--pretrained_vae_model_name_or_path: {path!r} has latents of {given} channels; allowed: {taken}, which "
+            "the teacher's U-Net takes"
+        )
     return vae.requires_grad_(False).eval().to(accelerator.device)
+
+
+def unet_config(args):
+    """The configuration of the teacher's U-Net: the class's defaults, then what the file says."""
+    defaults = {name: p.default for name, p in inspect.signature(diffusers.UNet2DConditionModel).parameters.items()}
+    return {**defaults, **load_config(diffusers.UNet2DConditionModel, args, "unet")}
 
 
 def load_unet(args, encode_prompts, dtype):
@@ -106,8 +119,7 @@ def load_unet(args, encode_prompts, dtype):
     Raises UserError, before its weights are read, if it is not one that this script can distil with `encode_prompts`:
     it takes another conditioning or a guidance embedding, or more channels than it predicts (inpainting, editing).
     """
-    defaults = {name: p.default for name, p in inspect.signature(diffusers.UNet2DConditionModel).parameters.items()}
-    config = {**defaults, **load_config(diffusers.UNet2DConditionModel, args, "unet")}
+    config = unet_config(args)
     if config["time_cond_proj_dim"] is not None:
         raise UserError(
             f"{OPTION}: its U-Net takes a guidance embedding, so it is a distilled model already; allowed: one that "
@@ -186,10 +198,8 @@ class PromptEncoder:
     def unet_config(self, config):
         """What a U-Net's `config` must say to take what this returns."""
         return {
+            **NO_OTHER_INPUTS,
             "addition_embed_type": None,
-            "class_embed_type": None,
-            "num_class_embeds": None,
-            "encoder_hid_dim_type": None,
             "cross_attention_dim": self.text_encoder.config.hidden_size,
         }
 
@@ -217,7 +227,8 @@ class SDXLPromptEncoder:
 
     def __init__(self, args, accelerator):
         index = load_config(diffusers.DiffusionPipeline, args)
-        if index.get("requires_aesthetics_score") or index.get("text_encoder", ["", None])[1] is None:
+        has_first_encoder = (index.get("text_encoder") or [None, None])[1] is not None
+        if index.get("requires_aesthetics_score") or not has_first_encoder:
             raise UserError(
                 f"{OPTION}: {args.pretrained_teacher_model!r} is laid out as SDXL's refiner, which goes on from "
                 "another model's latents; allowed here: SDXL base and models of its layout"
@@ -255,6 +266,7 @@ class SDXLPromptEncoder:
         """What a U-Net's `config` must say to take what this returns."""
         pooled = self.text_encoders[1].config.projection_dim
         return {
+            **NO_OTHER_INPUTS,
             "addition_embed_type": "text_time",
             "cross_attention_dim": sum(encoder.config.hidden_size for encoder in self.text_encoders),
             "projection_class_embeddings_input_dim": pooled + 6 * (config["addition_time_embed_dim"] or 0),

@@ -158,9 +158,9 @@ def compare(args, students):
     return bench.captions, rows
 
 
-def best_rows(rows, same_guidance=True):
-    """The rows to show: at few steps, the teacher's sampler that gets most right at the students' guidance scale (if
-    asked for), the one that gets most right at any, and the students."""
+def best_rows(rows, strongest_only=False):
+    """The rows to show: at few steps, the teacher's sampler that gets most right at the students' guidance scale
+    (unless `strongest_only`), the one that gets most right at any, and the students."""
     shown = [rows[0]]
     for steps in FEW_STEPS:
         candidates = [r for r in rows if r["network"] == "teacher" and r["steps"] == steps]
@@ -168,7 +168,7 @@ def best_rows(rows, same_guidance=True):
         same_guidance = [r for r in candidates if r["guidance"] == GUIDANCE_SCALE]
         best_at_same = max(same_guidance, key=lambda r: (r["all"], -r["distance"]))
         students = [r for r in rows if r["network"] != "teacher" and r["steps"] == steps]
-        shown += [*([best_at_same] if same_guidance and best_at_same is not best else []), best, *students]
+        shown += [*([] if strongest_only or best_at_same is best else [best_at_same]), best, *students]
     return shown
 
 
@@ -233,8 +233,8 @@ def main(argv=None):
     print(f"\nSampling {' and '.join(['teacher', *students])}:", flush=True)
     captions, rows = compare(args, students)
     shown = best_rows(rows)
-    # With two students there is no room for two columns of the teacher.
-    draw(captions, best_rows(rows, same_guidance=len(students) == 1), folder / "comparison.png")
+    # With two students, two columns of the teacher as well would make the picture too wide.
+    draw(captions, best_rows(rows, strongest_only=len(students) > 1), folder / "comparison.png")
     (folder / "table.md").write_text(as_markdown(rows) + "\n")
     numbers = [{name: value for name, value in row.items() if name != "pictures"} for row in rows]
     (folder / "rows.json").write_text(json.dumps(numbers, indent=1))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEMO_TEACHER, ROOT
+from PIL import Image
 
 DEMO = ROOT / "demo"
 
@@ -72,6 +73,7 @@ def test_lora_joins_the_table_of_what_is_in_the_folder(finished, tmp_path):
     shown = [line for line in printed.splitlines() if line.startswith("| ")]
     assert sum("| LoRA |" in line for line in shown) == sum("| student |" in line for line in shown) == 3
     assert set(shown) <= set((folder / "table.md").read_text().splitlines())
+    assert Image.open(folder / "comparison.png").width < 1250  # ten columns
 
 
 def test_only_compare_needs_something_to_compare(tmp_path):

@@ -192,12 +192,12 @@ def watch(patch, run):
     def unet(original, self, sample, t, encoder_hidden_states, timestep_cond=None, **kwargs):
         state = adapter_state(self)
         output = original(self, sample, t, encoder_hidden_states, timestep_cond=timestep_cond, **kwargs)
-        tensor = (output[0] if isinstance(output, tuple) else output.sample).detach()
+        tensor = (output[0] if isinstance(output, tuple) else output.sample).detach().cpu()
         cond = {"encoder_hidden_states": encoder_hidden_states, **(kwargs.get("added_cond_kwargs") or {})}
-        (run.drawn if drawing else run.calls).append(
-            Call(sample, t.reshape(-1).tolist(), cond, timestep_cond, tensor, self.dtype,
-                 torch.is_grad_enabled(), *state)
-        )  # fmt: skip
+        cond = {name: value.cpu() for name, value in cond.items()}
+        w_emb = None if timestep_cond is None else timestep_cond.cpu()
+        seen = (sample.cpu(), t.reshape(-1).tolist(), cond, w_emb, tensor, self.dtype, torch.is_grad_enabled(), *state)
+        (run.drawn if drawing else run.calls).append(Call(*seen))
         return output
 
     def encode(original, self, pixels, *args, **kwargs):
@@ -235,7 +235,7 @@ def watch(patch, run):
 
     def loss(original, prediction, target, *args):
         value = original(prediction, target, *args)
-        run.losses.append((prediction.detach().double(), target.double(), value.item()))
+        run.losses.append((prediction.detach().cpu().double(), target.cpu().double(), value.item()))
         return value
 
     def optimizer(original, args, parameters, *more):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import test_option_effects as effects
 import torch
-from conftest import encode_image, make_sdxl_teacher, write_tar
+from conftest import encode_image, make_sdxl_teacher, make_teacher, make_vae, write_tar
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
@@ -423,6 +423,51 @@ def test_unets_that_are_refused(run, tmp_path, changes, says):
 def test_micro_conditioning_that_does_not_fit_is_refused(run, tmp_path, changes, says):
     error = refusal(run, edited(run.teacher, tmp_path / "teacher", "unet/config.json", **changes))
     assert error.startswith(TEACHER) and says in error
+
+
+OTHER_INPUTS = [
+    {"class_embed_type": "timestep"},
+    {"num_class_embeds": 7},
+    {"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 16},
+]
+
+
+@runs_of("sd", "lora_sd")
+@pytest.mark.parametrize("unet_config", OTHER_INPUTS)
+def test_unets_with_other_inputs_are_refused(run, tmp_path, unet_config):
+    error = refusal(run, make_teacher(tmp_path / "teacher", unet_config=unet_config))
+    assert error.startswith(TEACHER) and f"{next(iter(unet_config))} = " in error
+
+
+@runs_of(*SDXL)
+@pytest.mark.parametrize("unet_config", OTHER_INPUTS)
+def test_unets_of_sdxl_with_other_inputs_are_refused(run, tmp_path, unet_config):
+    error = refusal(run, make_sdxl_teacher(tmp_path / "teacher", unet_config=unet_config))
+    assert error.startswith(TEACHER) and f"{next(iter(unet_config))} = " in error
+
+
+@runs_of(*SDXL)
+def test_an_index_without_the_first_text_encoder_is_refused(run, tmp_path):
+    folder = shutil.copytree(run.teacher, tmp_path / "teacher")
+    index = json.loads((folder / "model_index.json").read_text()) | {"text_encoder": None}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert refusal(run, folder).startswith(TEACHER)
+
+
+@runs_of("sd", "lora_sdxl")
+def test_a_vae_with_other_latents_is_refused(run, tmp_path):
+    make_vae(latent_channels=16).save_pretrained(tmp_path)
+    error = run(f"--pretrained_vae_model_name_or_path={tmp_path}").error()
+    assert error.startswith("--pretrained_vae_model_name_or_path: ") and "16" in error
+
+
+@runs_of(*LORA)
+def test_an_ending_that_blocks_share_is_refused(run):
+    """`0` is the ending of `to_out.0`, a linear layer, and of `down_blocks.0`."""
+    assert run("--lora_target_modules=0").error().startswith("--lora_target_modules: '0' ")
+
+
+# Parts that cannot be read.
 
 
 PARTS = {"text_encoder_2": "model.safetensors", "tokenizer_2": "tokenizer.json", "": "model_index.json"}
