@@ -432,17 +432,11 @@ OTHER_INPUTS = [
 ]
 
 
-@runs_of("sd", "lora_sd")
+@runs_of(*ALL)
 @pytest.mark.parametrize("unet_config", OTHER_INPUTS)
 def test_unets_with_other_inputs_are_refused(run, tmp_path, unet_config):
-    error = refusal(run, make_teacher(tmp_path / "teacher", unet_config=unet_config))
-    assert error.startswith(TEACHER) and f"{next(iter(unet_config))} = " in error
-
-
-@runs_of(*SDXL)
-@pytest.mark.parametrize("unet_config", OTHER_INPUTS)
-def test_unets_of_sdxl_with_other_inputs_are_refused(run, tmp_path, unet_config):
-    error = refusal(run, make_sdxl_teacher(tmp_path / "teacher", unet_config=unet_config))
+    make = make_sdxl_teacher if run.is_sdxl else make_teacher
+    error = refusal(run, make(tmp_path / "teacher", unet_config=unet_config))
     assert error.startswith(TEACHER) and f"{next(iter(unet_config))} = " in error
 
 

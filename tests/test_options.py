@@ -276,8 +276,8 @@ def test_local_rank_fills_in_for_the_environment(script, monkeypatch):
     assert os.environ["LOCAL_RANK"] == "1"
 
 
-# The commands of the diffusers guide and its two READMEs, as they are printed there: the first lines are the same in
-# all four but for the model and the learning rate.
+# The command of the diffusers guide, and those that the READMEs of the public folder print for the other scripts: the
+# lines that all share, then what each adds.
 GUIDE_COMMAND = """
 --output_dir=path/to/saved/model
 --mixed_precision=fp16
