@@ -13,7 +13,7 @@ demo-lora: .venv/installed
 	$(BIN)/python demo/run.py --lora $(ARGS)
 
 test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -14,11 +14,15 @@ import shutil
 
 from accelerate.utils import gather_object
 
+import lcm_data
+import lcm_sharding
 from lcm_options import UserError, find_checkpoint, first_line, public_options
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
+UMASK = os.umask(0)
+os.umask(UMASK)  # it can only be read by setting it
 PARTIAL = ".partial"  # ends the name of a folder that is still being written, or removed
 EXPORT = "export"  # begins the name of the folder in which the results are written before they take their places
 
@@ -36,7 +40,12 @@ MAY_CHANGE_ON_RESUME = {
 
 
 def sync_to_disk(path):
-    """Flush one file, or the entries of one folder."""
+    """Flush one file, or the entries of one folder; a file gets the permissions that new files have here.
+
+    safetensors makes files that nobody but their owner can read.
+    """
+    if os.path.isfile(path):
+        os.chmod(path, 0o666 & ~UMASK)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -154,26 +163,35 @@ def check_resume(args, num_processes):
 class Checkpoints:
     """Saves and restores one run. All processes call all methods.
 
-    `trained` is a FullModel or a LoraModel, with `save`, `load` and `outputs`; `data` and `lr_scheduler` have
-    `state_dict` and `load_state_dict`, of plain numbers and lists.
+    `student` and `optimizer` are as accelerate prepared them; `trained` is a FullModel or a LoraModel; `data` and
+    `lr_scheduler` have `state_dict` and `load_state_dict`, of plain numbers and lists.
     """
 
-    def __init__(self, accelerator, args, trained, data, lr_scheduler):
+    def __init__(self, accelerator, args, student, optimizer, trained, data, lr_scheduler):
         self.accelerator, self.args, self.data, self.lr_scheduler = accelerator, args, data, lr_scheduler
-        self.trained = trained
-        accelerator.register_save_state_pre_hook(self.save_trained)
-        accelerator.register_load_state_pre_hook(self.load_trained)
+        self.student, self.optimizer, self.trained = student, optimizer, trained
+        # Networks are written in files that diffusers loads, instead of accelerate's own.
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
-    def save_trained(self, models, weights, folder):
-        """accelerate's hook: write what is trained in files that diffusers loads, instead of accelerate's own."""
-        weights.clear()
+    def save_state(self, folder):
+        """Write networks, optimizer, gradient scaler and random states."""
+        trained = self.trained.gathered()
         if self.accelerator.is_main_process:
-            self.trained.save(folder)
+            trained.save(folder)
+        if lcm_sharding.is_sharded(self.student):
+            lcm_sharding.save_state(self.accelerator, self.student, self.optimizer, folder)
+        else:
+            self.accelerator.save_state(folder)
 
-    def load_trained(self, models, folder):
-        """accelerate's hook: read what `save_trained` wrote."""
-        models.clear()
+    def load_state(self, folder):
+        """Read what `save_state` wrote."""
         self.trained.load(folder)
+        if lcm_sharding.is_sharded(self.student):
+            lcm_sharding.load_state(self.accelerator, self.student, self.optimizer, folder)
+        else:
+            # On the CPU, else AdamW's step counts land on the GPU, and reading them makes every later step wait.
+            self.accelerator.load_state(folder, map_location="cpu")
 
     def save(self, step):
         """Write `checkpoint-{step}`, then remove those beyond `--checkpoints_total_limit`.
@@ -185,7 +203,7 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 os.makedirs(folder + PARTIAL)
             self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(folder + PARTIAL)
+            self.save_state(folder + PARTIAL)
             data_states = gather_object([self.data.state_dict()])
             if self.accelerator.is_main_process:
                 state = {
@@ -207,7 +225,7 @@ class Checkpoints:
             raise UserError(
                 f"--output_dir: cannot write {folder!r}: {first_line(error)}; earlier checkpoints are intact"
             ) from error
-        self.accelerator.wait_for_everyone()
+        self.accelerator.log(lcm_data.as_scalars(*self.data.totals()), step=step)
         logger.info("Saved %s", folder)
 
     def resume(self):
@@ -224,8 +242,7 @@ class Checkpoints:
             return 0
         state = read_state(folder)
         try:
-            # On the CPU, else AdamW's step counts land on the GPU, and reading them makes every later step wait.
-            self.accelerator.load_state(folder, map_location="cpu")
+            self.load_state(folder)
         except Exception as error:  # a damaged file makes the libraries raise nearly anything
             raise UserError(f"--resume_from_checkpoint: cannot load {folder!r}: {first_line(error)}") from error
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])

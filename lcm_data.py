@@ -13,6 +13,7 @@ import glob
 import itertools
 import logging
 import os
+import signal
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 
@@ -240,6 +241,12 @@ class Stream:
                 rows, problems, num_usable = [], [], 0
 
 
+def ignore_stop_signals(worker):
+    """Leave SIGTERM and SIGINT, which a terminal or SLURM sends to all processes of a run, to the training process."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Streams(torch.utils.data.IterableDataset):
     """The dataset of one process: worker w iterates over stream (w + first) mod the number of workers."""
 
@@ -255,6 +262,12 @@ class Streams(torch.utils.data.IterableDataset):
 def describe(skipped):
     """A Counter of skips in one line, the most frequent reason first."""
     return ", ".join(f"{count} x {reason}" for reason, count in skipped.most_common()) or "none"
+
+
+def as_scalars(num_used, skipped):
+    """The tally for the trackers: {"samples/used": n, "samples/skipped/the_reason": n, ...}."""
+    reasons = {f"samples/skipped/{reason.replace(' ', '_')}": count for reason, count in sorted(skipped.items())}
+    return {"samples/used": num_used, **reasons}
 
 
 class TrainingData:
@@ -314,6 +327,7 @@ class TrainingData:
             num_workers=self.config.num_workers,
             pin_memory=torch.device(self.device).type == "cuda",
             generator=torch.Generator(),  # the loader's own draw must not move the global generator
+            worker_init_fn=ignore_stop_signals,
         )
         everything = {share for s in range(self.config.num_streams) for share in shard_order(self.config, s, 0)}
         without_use = set()

@@ -8,10 +8,11 @@ import logging
 import os
 
 import torch
-from diffusers import LCMScheduler
+from diffusers import LCMScheduler, UNet2DConditionModel
 from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData, create_commit, create_repo
 
 import lcm_data
+import lcm_sharding
 from lcm_checkpoint import whole_entries
 from lcm_options import UserError, default_guidance_scale, first_line
 
@@ -42,6 +43,12 @@ class FullModel:
         self.args, self.networks, self.exported, self.scheduler = args, networks, exported, scheduler
         self.outputs = [*networks, "scheduler"]
 
+    def gathered(self):
+        """The same with whole networks, where FSDP splits them over processes; all processes call this together, and
+        the first one's is of use."""
+        networks = {name: lcm_sharding.gathered(network) for name, network in self.networks.items()}
+        return FullModel(self.args, networks, self.exported, self.scheduler)
+
     def save(self, folder):
         """Write what a checkpoint needs, and the scheduler, so that it can be sampled from, to `folder`."""
         for name, network in self.networks.items():
@@ -51,8 +58,8 @@ class FullModel:
     def load(self, folder):
         """Read what `save` wrote."""
         for name, network in self.networks.items():
-            saved = type(network).from_pretrained(folder, subfolder=name)
-            network.load_state_dict(saved.state_dict())
+            saved = UNet2DConditionModel.from_pretrained(folder, subfolder=name)
+            lcm_sharding.load_weights(network, saved.state_dict())
 
     def export(self, folder):
         """Write each network to its own folder in `folder`, in float32 and as fp16 variant."""
@@ -185,8 +192,10 @@ class Export:
     def finish(self, steps, seconds, data):
         """Write what was trained and the card to `output_dir`, push, and say where everything is."""
         num_used, skipped = data.totals()
+        self.accelerator.log(lcm_data.as_scalars(num_used, skipped), step=steps)
+        trained = self.trained.gathered()
         if self.accelerator.is_main_process:
-            output_dir, trained = self.args.output_dir, self.trained
+            output_dir = self.args.output_dir
             code = trained.usage_code(self.args.pretrained_teacher_model, output_dir, on_hub=False)
             try:
                 with whole_entries(output_dir) as folder:
@@ -208,6 +217,16 @@ class Export:
         self.accelerator.end_training()  # the trackers' run is complete, whatever becomes of the upload
         if self.args.push_to_hub and self.accelerator.is_main_process:
             self.push(steps)
+
+    def stop(self, steps, seconds):
+        """Say where a run that was told to stop goes on."""
+        if self.accelerator.is_main_process:
+            folder = os.path.join(self.args.output_dir, f"checkpoint-{steps}")
+            print(
+                f"\nStopped at step {steps}, {seconds:.0f} s in this session. Everything is in {folder}; the same "
+                "command with --resume_from_checkpoint=latest goes on."
+            )
+        self.accelerator.end_training()
 
     def push(self, steps):
         """Upload what was trained, the scheduler, the pictures and a card, in one commit.

@@ -219,6 +219,10 @@ class LoraModel:
         self.exported = TRAINED if args.ema_decay is None else EMA
         self.outputs = [DIFFUSERS_FILE, KOHYA_FILE, STUDENT_FOLDER, "scheduler"]
 
+    def gathered(self):
+        """The same: a LoRA is whole on every process."""
+        return self
+
     def save(self, folder):
         """Write what a checkpoint needs, and the scheduler, so that it can be sampled from, to `folder`."""
         save_for_diffusers(self.unet, self.exported, folder)

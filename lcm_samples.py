@@ -15,6 +15,8 @@ from PIL import Image, ImageOps
 from webdataset.gopen import gopen, set_options
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
+from lcm_http import HttpFile
+
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_SUFFIXES = ("txt", "text", "caption")
 MAX_ASPECT_RATIO = 16  # resizing a thinner picture to the resolution would take gigabytes
@@ -76,6 +78,13 @@ def tar_members(stream, url):
                 yield {"fname": member.name, "data": data, "__url__": url}
 
 
+def open_shard(url):
+    """A shard's bytes as a stream: HttpFile for http(s)://, else what webdataset opens."""
+    if url.lower().startswith(("http://", "https://")):
+        return io.BufferedReader(HttpFile(url), buffer_size=1 << 20)
+    return gopen(url)
+
+
 def read_shard(url):
     """Yield the samples of one shard as dicts of bytes, and a Problem for each thing in it that cannot be read."""
     problems = []
@@ -85,7 +94,7 @@ def read_shard(url):
         return True
 
     try:
-        with gopen(url) as opened:
+        with open_shard(url) as opened:
             # A webdataset Pipe's own `read` fails as soon as the command has, whatever is left in the pipe.
             stream = getattr(opened, "stream", opened)
             try:

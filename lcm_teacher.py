@@ -98,12 +98,10 @@ def load_vae(args, accelerator, dtype):
     """The VAE, frozen: the teacher's, or the one given in its place. Raises UserError if its latents do not fit."""
     path = args.pretrained_vae_model_name_or_path
     vae = load_part(diffusers.AutoencoderKL, args, None if path else "vae", path, dtype=dtype)
-    taken, given = unet_config(args)["in_channels"], vae.config.latent_channels
-    if path and taken != given:
-        raise UserError(
-            f"--pretrained_vae_model_name_or_path: {path!r} has latents of {given} channels; allowed: {taken}, which "
-            "the teacher's U-Net takes"
-        )
+    expected, found = unet_config(args)["out_channels"], vae.config.latent_channels
+    if expected != found:
+        option = "--pretrained_vae_model_name_or_path" if path else OPTION
+        raise UserError(f"{option}: the VAE has latents of {found} channels; allowed: {expected}, as the U-Net has")
     return vae.requires_grad_(False).eval().to(accelerator.device)
 
 

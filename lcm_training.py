@@ -7,7 +7,9 @@ import logging
 import math
 import os
 import secrets
+import signal
 import sys
+import threading
 import time
 from datetime import timedelta
 
@@ -30,10 +32,11 @@ MAX_SKIPPED_IN_A_ROW = 50  # the scaler halves its scale of 65536 at each: by th
 # Start-up.
 
 
-def start(args):
+def start(args, can_shard=False):
     """Make the Accelerator, the logs and the seed. Writes the seed, if one had to be drawn, into `args`.
 
-    Raises UserError if `accelerate` refuses the combination of options and hardware.
+    `can_shard` says whether FSDP can split the script's networks over processes. Raises UserError if `accelerate`
+    refuses the combination of options and hardware, or was configured for what the script cannot do.
     """
     try:
         accelerator = Accelerator(
@@ -47,11 +50,15 @@ def start(args):
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"accelerate cannot start: {first_line(error)}") from None
     kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA") or accelerator.mixed_precision == "fp8":
+    is_fsdp2 = kind == "FSDP" and accelerator.is_fsdp2
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA") and not (is_fsdp2 and can_shard):
+        more = "or FSDP with fsdp_version: 2" if can_shard else "a LoRA needs no FSDP: the whole of it fits on one GPU"
         raise UserError(
-            f"accelerate config: {kind} with mixed precision {accelerator.mixed_precision} is not supported; allowed: "
-            "one process, or several with DistributedDataParallel, in no, fp16 or bf16"
+            f"accelerate config: {kind}{' version 1' * (kind == 'FSDP' and not is_fsdp2)} is not supported; allowed: "
+            f"one process, or several with DistributedDataParallel; {more}"
         )
+    if accelerator.mixed_precision == "fp8":
+        raise UserError("--mixed_precision: `accelerate config` says fp8; allowed: no, fp16, bf16")
     is_main = accelerator.is_main_process
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",
@@ -211,8 +218,34 @@ def describe_run(args, accelerator, student, solver, data_config, steps_per_epoc
         )
 
 
+class StopSignals:
+    """SIGTERM and SIGINT, which ask for a checkpoint and a clean end after the current step; a second ends at once."""
+
+    def __init__(self):
+        self.received = None
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():  # nowhere else can a handler be set
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = signal.Signals(number).name
+
+    def restore(self):
+        """Put the handlers of before back."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+
 class Progress:
-    """The progress bar, the trackers' scalars, and the check that the loss is a number."""
+    """The progress bar, the trackers' scalars, the check that the loss is a number, and word of a signal to stop.
+
+    `stopping` is True, on all processes alike, when one of them was told to stop before the last `mean_loss`.
+    """
 
     def __init__(self, accelerator, args, first_step):
         self.accelerator = accelerator
@@ -226,7 +259,9 @@ class Progress:
             dynamic_ncols=True,
             smoothing=0.1,
         )
-        BEFORE_ERROR.append(self.bar.close)
+        self.signals = StopSignals()
+        self.stopping = False
+        BEFORE_ERROR.append(self.close)
         self.started = self.last = time.perf_counter()
         self.losses = []
         self.skipped_in_a_row = 0
@@ -246,8 +281,12 @@ class Progress:
         (a scalar tensor) is not finite. With fp16 the gradient scaler skips a step whose gradients overflow, so that
         only many such steps in a row are an error.
         """
-        loss = self.accelerator.reduce(torch.stack(self.losses).mean(), reduction="mean")
-        loss, norm = torch.stack([loss, gradient_norm.to(loss)]).tolist()  # one wait for both
+        stop = self.losses[0].new_tensor(float(self.signals.received is not None))
+        loss, stop = self.accelerator.reduce(torch.stack([torch.stack(self.losses).mean(), stop]), reduction="mean")
+        if hasattr(gradient_norm, "full_tensor"):  # of weights that are split over processes
+            gradient_norm = gradient_norm.full_tensor()
+        loss, norm, stop = torch.stack([loss, gradient_norm.to(loss), stop]).tolist()  # one wait for all
+        self.stopping = stop > 0
         self.losses.clear()
         has_scaler = self.accelerator.scaler is not None
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if has_scaler and not math.isfinite(norm) else 0
@@ -275,6 +314,7 @@ class Progress:
         self.accelerator.log(scalars, step=step)
 
     def close(self):
-        """End the bar; returns the seconds since it began."""
+        """End the bar, and take signals as before; returns the seconds since it began."""
+        self.signals.restore()
         self.bar.close()
         return time.perf_counter() - self.started

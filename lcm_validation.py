@@ -68,11 +68,13 @@ class Validation:
 
     `make_pipeline(unet=unet)` returns a pipeline around that network with everything else in place. `networks` maps
     labels to callables that return a context manager, as `eval_mode` with a network filled in: it yields an unwrapped
-    U-Net that is ready to sample, and puts everything back.
+    U-Net that is ready to sample, and puts everything back. `together`: all processes have to call them, since each
+    holds a part of their weights.
     """
 
-    def __init__(self, accelerator, args, make_pipeline, networks):
+    def __init__(self, accelerator, args, make_pipeline, networks, together=False):
         self.accelerator, self.args, self.make_pipeline, self.networks = accelerator, args, make_pipeline, networks
+        self.together = together
         scale = args.validation_guidance_scale
         self.guidance_scale = default_guidance_scale(args) if scale is None else scale
 
@@ -112,16 +114,17 @@ class Validation:
 
         The main process draws and the others wait for it. A failure is logged: pictures are not worth a run.
         """
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self.together:
             try:
-                self.show(step)
+                pictures = self.draw()
+                if self.accelerator.is_main_process:
+                    self.show(step, *pictures)
             except Exception as error:  # out of memory, a full disk, a tracker without network
                 logger.warning("No pictures at step %d: %s", step, first_line(error))
         self.accelerator.wait_for_everyone()
 
-    def show(self, step):
+    def show(self, step, rows, columns):
         args = self.args
-        rows, columns = self.draw()
         grid = picture_grid(rows, args.validation_prompts, columns, cell_size=max(96, args.resolution))
         folder = os.path.join(args.output_dir, "validation")
         os.makedirs(folder, exist_ok=True)

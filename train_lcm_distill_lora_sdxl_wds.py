@@ -115,7 +115,9 @@ def train(args):
     unet = accelerator.unwrap_model(student, keep_torch_compile=False)
     scheduler = lcm_export.lcm_scheduler(schedule, args)
     trained = lcm_lora.LoraModel(args, unet, scheduler)
-    checkpoints = lcm_checkpoint.Checkpoints(accelerator, args, trained, data, lr_scheduler)
+    checkpoints = lcm_checkpoint.Checkpoints(
+        accelerator, args, student, optimizer, trained, data, lr_scheduler
+    )
     validation = lcm_validation.Validation(
         accelerator,
         args,
@@ -192,14 +194,16 @@ def train(args):
             lr_scheduler.step()
         step += 1
         progress.step(step, mean_loss, learning_rate)
-        if step % args.checkpointing_steps == 0:
+        if step % args.checkpointing_steps == 0 or progress.stopping:
             checkpoints.save(step)
-        if step >= args.max_train_steps:
+        if step >= args.max_train_steps or progress.stopping:
             break
         if step % args.validation_steps == 0:
             validation.run(step)
         progress.restart_clock()
 
+    if step < args.max_train_steps:
+        return export.stop(step, progress.close())
     validation.run(step)
     export.finish(step, progress.close(), data)
 

@@ -77,6 +77,7 @@ def train(args):
     import lcm_checkpoint
     import lcm_data
     import lcm_export
+    import lcm_sharding
     import lcm_teacher
     import lcm_training
     import lcm_validation
@@ -94,7 +95,7 @@ def train(args):
     from lcm_validation import eval_mode
 
     # The teacher and its parts, the student, the target.
-    accelerator = lcm_training.start(args)
+    accelerator = lcm_training.start(args, can_shard=True)
     device = accelerator.device
     schedule = lcm_teacher.load_noise_schedule(args)
     solver = DDIMSolver(schedule.alphas_cumprod.to(device), args.num_ddim_timesteps)
@@ -112,16 +113,21 @@ def train(args):
     optimizer = lcm_training.make_optimizer(args, student.parameters(), accelerator.num_processes)
     lr_scheduler = lcm_training.make_lr_scheduler(args, optimizer)
     student, optimizer = accelerator.prepare(student, optimizer)
+    if lcm_sharding.is_sharded(student):
+        target = lcm_sharding.shard_like_student(accelerator, target)
     # Without the wrappers of DistributedDataParallel and torch.compile: the same weights under their plain names.
     unet = accelerator.unwrap_model(student, keep_torch_compile=False)
     scheduler = lcm_export.lcm_scheduler(schedule, args)
     trained = lcm_export.FullModel(args, {"unet": unet, "unet_target": target}, "unet_target", scheduler)
-    checkpoints = lcm_checkpoint.Checkpoints(accelerator, args, trained, data, lr_scheduler)
+    checkpoints = lcm_checkpoint.Checkpoints(
+        accelerator, args, student, optimizer, trained, data, lr_scheduler
+    )
     validation = lcm_validation.Validation(
         accelerator,
         args,
         make_pipeline=partial(StableDiffusionPipeline, vae=vae, scheduler=scheduler, **encode_prompts.components),
         networks={"student": partial(eval_mode, unet), "EMA": partial(eval_mode, target)},
+        together=lcm_sharding.is_sharded(student),
     )
     export = lcm_export.Export(accelerator, args, trained)
     lcm_training.describe_run(args, accelerator, student, solver, data.config, steps_per_epoch)
@@ -192,14 +198,16 @@ def train(args):
             lr_scheduler.step()
         step += 1
         progress.step(step, mean_loss, learning_rate)
-        if step % args.checkpointing_steps == 0:
+        if step % args.checkpointing_steps == 0 or progress.stopping:
             checkpoints.save(step)
-        if step >= args.max_train_steps:
+        if step >= args.max_train_steps or progress.stopping:
             break
         if step % args.validation_steps == 0:
             validation.run(step)
         progress.restart_clock()
 
+    if step < args.max_train_steps:
+        return export.stop(step, progress.close())
     validation.run(step)
     export.finish(step, progress.close(), data)
 

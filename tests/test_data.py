@@ -13,7 +13,6 @@ import logging
 import multiprocessing
 import pickle
 import random
-import shutil
 import signal
 import struct
 import threading
@@ -508,7 +507,6 @@ def test_a_token_in_a_failed_command_is_not_logged(tmp_path, monkeypatch, caplog
     assert "hf_secret" not in caplog.text
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads http:// with curl")
 def test_shards_from_a_web_server(tmp_path):
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):

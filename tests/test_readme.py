@@ -61,3 +61,10 @@ def test_links_and_code(document):
         assert (path.parent / target).exists(), target
     for block in re.findall(r"```python\n(.*?)```", text, re.S):
         compile(block, document, "exec")
+
+
+def test_every_fault_names_tests_that_exist():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "faults.md").read_text())
+    assert len(named) > 30
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(), (file, test)

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_sdxl_teacher, sd_options
+from conftest import ROOT, make_sdxl_teacher, sd_options, write_shards, write_tar
 from hub_server import HubServer, client_env
 from safetensors.torch import load_file
 
@@ -82,6 +83,13 @@ def test_files_of_a_run(script, output):
     card = (output / "README.md").read_text()
     assert "from_pretrained" in card and "LCMScheduler" in card
     assert "load_lora_weights" in card if script.is_lora else 'subfolder="unet_target"' in card
+
+
+def test_files_have_the_permissions_of_new_files(output, tmp_path):
+    (tmp_path / "new").touch()
+    expected = (tmp_path / "new").stat().st_mode
+    files = [path for path in output.rglob("*") if path.is_file() and "logs" not in path.parts]
+    assert len(files) > 8 and {path.stat().st_mode for path in files} == {expected}
 
 
 @pytest.mark.parametrize("folder", [".", "checkpoint-4"])
@@ -382,6 +390,27 @@ def test_validation_does_not_disturb_the_run(script, tmp_path):
     assert_same_outputs(script, tmp_path / "often", tmp_path / "never")
 
 
+# Bad data.
+
+
+def test_skips_reach_the_log_the_tracker_and_the_summary(teacher, tmp_path, capfd):
+    """With their reasons, at each checkpoint and at the end."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pattern = write_shards(tmp_path / "shards", num_shards=1, samples_per_shard=4)
+    write_tar(tmp_path / "shards" / "00001.tar", [("a.png", b"no picture"), ("a.txt", b"a"), ("b.txt", b"b")])
+    options = sd_options(teacher, pattern.replace("00000..00000", "00000..00001"), tmp_path / "out")
+    main([*options, "--report_to=tensorboard", "--checkpointing_steps=2"])
+    captured = capfd.readouterr()
+    assert "Skipped: picture unreadable" in captured.err and "Skipped: no picture" in captured.err
+    assert re.search(r"skipped: .*picture unreadable", captured.out)
+    log = EventAccumulator(str(next((tmp_path / "out/logs/text2image-fine-tune").glob("events*")))).Reload()
+    assert [event.step for event in log.Scalars("samples/used")] == [2, 4, 4]
+    assert log.Scalars("samples/used")[-1].value == 8
+    assert log.Scalars("samples/skipped/picture_unreadable")[-1].value >= 1
+    assert log.Scalars("samples/skipped/no_picture")[-1].value >= 1
+
+
 # Checkpoints.
 
 
@@ -461,6 +490,47 @@ def test_gradient_that_is_not_a_number_stops_before_the_step(teacher, shards, tm
         main(sd_options(teacher, shards, tmp_path, "--checkpointing_steps=1", "--max_train_steps=6"))
     assert "the norm of the gradients is inf at step 3" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def run_with_scaler(monkeypatch, options, overflows):
+    """A run with a real gradient scaler, which on a CPU accelerate would leave out; `overflows` are forward passes
+    whose loss is finite, but not its gradients once they are scaled."""
+    import lcm_common
+
+    start, consistency_loss, calls = lcm_training.start, lcm_common.consistency_loss, []
+
+    def start_with_scaler(*args, **more):
+        accelerator = start(*args, **more)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        return accelerator
+
+    def overflowing(*args):
+        calls.append(1)
+        return consistency_loss(*args) * (1e37 if len(calls) in overflows else 1.0)
+
+    monkeypatch.setattr(lcm_training, "start", start_with_scaler)
+    monkeypatch.setattr(lcm_common, "consistency_loss", overflowing)
+    main(options)
+
+
+def test_a_step_that_the_scaler_skips_changes_nothing(teacher, shards, tmp_path, monkeypatch):
+    """Neither weights nor moving average nor learning rate."""
+    more = ["--checkpointing_steps=1", "--max_train_steps=3", "--lr_scheduler=linear", "--lr_warmup_steps=1"]
+    run_with_scaler(monkeypatch, sd_options(teacher, shards, tmp_path, *more), overflows={2})
+    one, two, three = (tmp_path / f"checkpoint-{n}" for n in (1, 2, 3))
+    assert_same_weights(one, two)
+    assert any(not torch.equal(a, b) for a, b in zip(weights(two).values(), weights(three).values(), strict=True))
+    schedules = [json.loads((folder / "training_state.json").read_text())["lr_scheduler"] for folder in (one, two)]
+    assert schedules[0] == schedules[1]
+
+
+def test_many_skipped_steps_in_a_row_are_an_error(teacher, shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lcm_training, "MAX_SKIPPED_IN_A_ROW", 3)
+    options = sd_options(teacher, shards, tmp_path, "--checkpointing_steps=1", "--max_train_steps=9")
+    with pytest.raises(SystemExit):
+        run_with_scaler(monkeypatch, options, overflows={2, 4, 5, 6})
+    assert "the gradients overflowed fp16 3 times in a row at step 6" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint-5").exists() and not (tmp_path / "checkpoint-6").exists()
 
 
 def test_failed_pictures_cost_nothing_but_pictures(teacher, shards, tmp_path, monkeypatch, capfd):

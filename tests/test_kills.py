@@ -1,0 +1,108 @@
+"""A run that is killed at any moment, and started again with the same command, ends as if nothing had been.
+
+A moment is a forward pass, or the instant before a file or folder in the output folder is opened, made, renamed or
+removed, or one is flushed: start, steps, checkpoint writing, rotation, and the results at the end. They are counted in
+an unbroken run; then SIGKILL comes at moments spread evenly over them. KILL_MOMENTS=36 tries as many (default: 10).
+"""
+
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from conftest import SCRIPTS, Script
+
+import lcm_teacher
+import lcm_training
+
+KILL_MOMENTS = int(os.environ.get("KILL_MOMENTS", "10"))
+FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+OPTIONS = [
+    "--max_train_steps=5",
+    "--checkpointing_steps=1",
+    "--checkpoints_total_limit=2",
+    "--validation_steps=2",
+    "--gradient_accumulation_steps=2",
+    "--dataloader_num_workers=2",
+    "--random_flip",
+    "--proportion_empty_prompts=0.3",
+    "--lr_scheduler=cosine",
+    "--lr_warmup_steps=2",
+    "--resume_from_checkpoint=latest",
+]
+
+
+def run(script, folder, kill_at=None):
+    """Run a script in a forked process, which spares the imports, and kill it at that moment, counted from 1.
+
+    Returns the names of the moments that it came to.
+    """
+    log = os.open(folder.parent / f"{folder.name}.moments", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            lead_a_dangerous_life(folder, log, kill_at)
+            script.main(folder, *OPTIONS)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(log)
+    _, status = os.waitpid(child, 0)
+    expected = 0 if kill_at is None else -signal.SIGKILL
+    assert os.waitstatus_to_exitcode(status) == expected
+    return (folder.parent / f"{folder.name}.moments").read_text().splitlines()
+
+
+def lead_a_dangerous_life(folder, log, kill_at):
+    """Note every moment in the file `log`, and end this process at one of them."""
+    process, count = os.getpid(), 0
+
+    def moment(name):
+        nonlocal count
+        if os.getpid() == process:  # not in the data workers
+            count += 1
+            os.write(log, f"{name}\n".encode())
+            if count == kill_at:
+                os.kill(process, signal.SIGKILL)
+
+    def on_event(event, arguments):
+        if event in FILE_EVENTS and str(arguments[0]).startswith(str(folder)):
+            moment(f"{event} {os.path.relpath(arguments[0], folder)}")
+
+    def wrap(owner, name):
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            moment(name)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+    wrap(lcm_teacher, "load_unet")
+    wrap(lcm_training.Progress, "add_loss")
+    wrap(lcm_training.Progress, "mean_loss")
+    sys.addaudithook(on_event)
+
+
+@pytest.mark.parametrize("name", ["sd", "lora_sd"])
+def test_killed_at_any_moment(teacher, shards, tmp_path, name):
+    """Bit for bit, with accumulation, two workers, flips, dropped captions, rotation; the LoRA with dropout."""
+    script = Script(name, teacher, shards, SCRIPTS[name])
+    moments = run(script, tmp_path / "unbroken")
+    for part in ("load_unet", "add_loss", "open checkpoint-2.partial", "os.rename checkpoint-3.partial",
+                 "shutil.rmtree checkpoint-1.partial", "open export.partial", "os.rename export.partial"):  # fmt: skip
+        assert any(moment.startswith(part) for moment in moments), part
+    unbroken = script.weights(tmp_path / "unbroken")
+    for i in range(KILL_MOMENTS):
+        kill_at = 1 + i * (len(moments) - 1) // max(1, KILL_MOMENTS - 1)
+        folder = tmp_path / f"killed-{kill_at}"
+        seen = run(script, folder, kill_at)
+        assert len(seen) == kill_at
+        run(script, folder)
+        resumed = script.weights(folder)
+        assert unbroken.keys() == resumed.keys()
+        wrong = [key for key in unbroken if not torch.equal(unbroken[key], resumed[key])]
+        assert not wrong, f"killed at {seen[-1]}: {len(wrong)} tensors differ, such as {wrong[0]}"
+        assert not list(folder.glob("*.partial")), f"killed at {seen[-1]}"

@@ -1,0 +1,71 @@
+"""A run that is told to stop saves a checkpoint and ends; told twice, it ends at once."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, Script
+
+# Raises a signal inside step 3, to this process or to its whole group, as a terminal and SLURM do.
+SIGNALLED = """
+import importlib, os, signal, sys
+import lcm_training
+
+script, name, whom, *options = sys.argv[1:]
+number, add_loss = getattr(signal, name), lcm_training.Progress.add_loss
+calls = []
+
+def add_loss_and_signal(self, loss):
+    add_loss(self, loss)
+    calls.append(1)
+    if len(calls) == 5:
+        os.kill(os.getpid(), number) if whom == "process" else os.killpg(0, number)
+    if len(calls) == 5 and whom == "twice":
+        os.kill(os.getpid(), number)
+
+lcm_training.Progress.add_loss = add_loss_and_signal
+importlib.import_module(script).main(options)
+"""
+
+OPTIONS = ["--max_train_steps=5", "--gradient_accumulation_steps=2", "--dataloader_num_workers=2", "--random_flip"]
+
+
+def run(script, folder, name, whom):
+    return subprocess.run(
+        [sys.executable, "-c", SIGNALLED, script.path.stem, name, whom, *script.options(folder, *OPTIONS)],
+        cwd=ROOT, capture_output=True, text=True, check=False, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "whom"), [("lora_sd", "SIGTERM", "process"), ("lora_sdxl", "SIGINT", "group"),
+                                 ("sd", "SIGTERM", "group")]
+)  # fmt: skip
+def test_stopped_and_resumed_equals_unbroken(teacher, sdxl_teacher, shards, tmp_path, name, number, whom):
+    """The step is finished, saved, and gone on from, bit for bit; exit status 0, one line that says how to go on."""
+    script = Script(name, sdxl_teacher if "sdxl" in name else teacher, shards, SCRIPTS[name])
+    script.main(tmp_path / "unbroken", *OPTIONS)
+    stopped = run(script, tmp_path / "stopped", number, whom)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "Stopped at step 3" in stopped.stdout and "--resume_from_checkpoint=latest" in stopped.stdout
+    assert "Traceback" not in stopped.stderr
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["checkpoint-3"]
+    script.main(tmp_path / "stopped", *OPTIONS, "--resume_from_checkpoint=latest")
+    unbroken, resumed = script.weights(tmp_path / "unbroken"), script.weights(tmp_path / "stopped")
+    assert unbroken.keys() == resumed.keys()
+    assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
+
+
+def test_a_second_signal_ends_at_once(teacher, shards, tmp_path):
+    script = Script("sd", teacher, shards, SCRIPTS["sd"])
+    stopped = run(script, tmp_path, "SIGTERM", "twice")
+    assert stopped.returncode == -signal.SIGTERM
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_signals_are_as_before_when_a_run_is_over(teacher, shards, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    Script("sd", teacher, shards, SCRIPTS["sd"]).main(tmp_path, "--max_train_steps=1")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
