@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 
 STATE_FILE = "sharded_optimizer.bin"
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = StateDictOptions(full_state_dict=True)
+WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def is_sharded(network):
@@ -44,7 +45,7 @@ def gathered(network):
     """The network itself, or where it is sharded a whole copy on the CPU; of use on the first process alone."""
     if not is_sharded(network):
         return network
-    weights = get_model_state_dict(network, options=WHOLE)
+    weights = get_model_state_dict(network, options=WHOLE_ON_CPU)
     if not weights:  # only the first process is given them
         return None
     with torch.device("meta"):
@@ -56,7 +57,7 @@ def gathered(network):
 def load_weights(network, weights):
     """`load_state_dict` of whole weights into a network that may be sharded."""
     if is_sharded(network):
-        set_model_state_dict(network, weights, options=StateDictOptions(full_state_dict=True))
+        set_model_state_dict(network, weights, options=WHOLE)
     else:
         network.load_state_dict(weights)
 
@@ -67,7 +68,7 @@ def save_state(accelerator, student, optimizer, folder):
     With one file for all processes, as everything else in a checkpoint. There is no random state to keep: noise comes
     from generators that are a function of the step, and a whole U-Net is trained without dropout.
     """
-    state = {"optimizer": get_optimizer_state_dict(student, optimizer.optimizer, options=WHOLE)}
+    state = {"optimizer": get_optimizer_state_dict(student, optimizer.optimizer, options=WHOLE_ON_CPU)}
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler.state_dict()
     if accelerator.is_main_process:
@@ -77,7 +78,6 @@ def save_state(accelerator, student, optimizer, folder):
 def load_state(accelerator, student, optimizer, folder):
     """Read what `save_state` wrote."""
     state = torch.load(os.path.join(folder, STATE_FILE), map_location="cpu", weights_only=True)
-    options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(student, optimizer.optimizer, state["optimizer"], options=options)
+    set_optimizer_state_dict(student, optimizer.optimizer, state["optimizer"], options=WHOLE)
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])

@@ -115,9 +115,7 @@ def train(args):
     unet = accelerator.unwrap_model(student, keep_torch_compile=False)
     scheduler = lcm_export.lcm_scheduler(schedule, args)
     trained = lcm_lora.LoraModel(args, unet, scheduler)
-    checkpoints = lcm_checkpoint.Checkpoints(
-        accelerator, args, student, optimizer, trained, data, lr_scheduler
-    )
+    checkpoints = lcm_checkpoint.Checkpoints(accelerator, args, student, optimizer, trained, data, lr_scheduler)
     validation = lcm_validation.Validation(
         accelerator,
         args,

@@ -243,6 +243,18 @@ def common_options(teacher, shards, output_dir, *more):
     ]
 
 
+# What a resumed run has to draw, read and schedule again just as the unbroken one did; all scripts take it.
+EVERYTHING_AT_RANDOM = [
+    "--gradient_accumulation_steps=2",
+    "--dataloader_num_workers=2",
+    "--random_flip",
+    "--proportion_empty_prompts=0.3",
+    "--lr_scheduler=cosine",
+    "--lr_warmup_steps=2",
+    "--resume_from_checkpoint=latest",
+]
+
+
 @dataclass
 class Script:
     """One of the four training scripts, with a teacher for it and options that make its run short."""

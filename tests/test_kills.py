@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SCRIPTS, Script
+from conftest import EVERYTHING_AT_RANDOM, SCRIPTS, Script
 
 import lcm_teacher
 import lcm_training
@@ -23,13 +23,7 @@ OPTIONS = [
     "--checkpointing_steps=1",
     "--checkpoints_total_limit=2",
     "--validation_steps=2",
-    "--gradient_accumulation_steps=2",
-    "--dataloader_num_workers=2",
-    "--random_flip",
-    "--proportion_empty_prompts=0.3",
-    "--lr_scheduler=cosine",
-    "--lr_warmup_steps=2",
-    "--resume_from_checkpoint=latest",
+    *EVERYTHING_AT_RANDOM,
 ]
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_sdxl_teacher, sd_options, write_shards, write_tar
+from conftest import EVERYTHING_AT_RANDOM, ROOT, make_sdxl_teacher, sd_options, write_shards, write_tar
 from hub_server import HubServer, client_env
 from safetensors.torch import load_file
 
@@ -345,17 +345,7 @@ lcm_training.Progress.step = step_or_die
 importlib.import_module(sys.argv[1]).main(sys.argv[3:])
 """
 
-UNBROKEN = [
-    "--max_train_steps=9",
-    "--checkpointing_steps=2",
-    "--gradient_accumulation_steps=2",
-    "--dataloader_num_workers=2",
-    "--random_flip",
-    "--proportion_empty_prompts=0.3",
-    "--lr_scheduler=cosine",
-    "--lr_warmup_steps=2",
-    "--resume_from_checkpoint=latest",
-]
+UNBROKEN = ["--max_train_steps=9", "--checkpointing_steps=2", *EVERYTHING_AT_RANDOM]
 
 
 def test_killed_and_resumed_equals_unbroken(script, tmp_path):
