@@ -214,7 +214,7 @@ class Export:
                 f"{output_dir}/validation: pictures; {output_dir}/{self.args.logging_dir}: logs\n",
             ]
             print("\n".join(lines) + f"\n{code}")
-        self.accelerator.end_training()  # the trackers' run is complete, whatever becomes of the upload
+        self.finish_trackers()  # their run is complete, whatever becomes of the upload
         if self.args.push_to_hub and self.accelerator.is_main_process:
             self.push(steps)
 
@@ -226,7 +226,12 @@ class Export:
                 f"\nStopped at step {steps}, {seconds:.0f} s in this session. Everything is in {folder}; the same "
                 "command with --resume_from_checkpoint=latest goes on."
             )
-        self.accelerator.end_training()
+        self.finish_trackers()
+
+    def finish_trackers(self):
+        """End the trackers' run, but not yet the process group, as `Accelerator.end_training` would."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def push(self, steps):
         """Upload what was trained, the scheduler, the pictures and a card, in one commit.

@@ -383,3 +383,7 @@ def run(train, args):
             call()
         print(f"{error}".replace("\n", " "), file=sys.stderr)
         sys.exit(1)
+    BEFORE_ERROR.clear()  # the last reference to what the run built
+    import lcm_training  # `train` did, too; not before, since it takes seconds
+
+    lcm_training.leave_process_group()

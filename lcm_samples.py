@@ -20,6 +20,7 @@ from lcm_http import HttpFile
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_SUFFIXES = ("txt", "text", "caption")
 MAX_ASPECT_RATIO = 16  # resizing a thinner picture to the resolution would take gigabytes
+MAX_PICTURE_BYTES, MAX_TEXT_BYTES = 1 << 28, 1 << 20  # a tokenizer takes a second for a megabyte
 
 INTERPOLATION = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -47,10 +48,19 @@ class Unusable(Exception):
 # Shards to samples.
 
 
-def is_read(name):
-    """True for the members that a sample is made of; everything else in a shard is passed over unread."""
+@dataclass(frozen=True)
+class TooLarge:
+    """Stands for a member of a size that no picture or text has; it was not read."""
+
+    size: int  # bytes
+
+
+def max_size(name):
+    """The most bytes that are read of a member; 0 for all that no sample is made of."""
     suffix = (base_plus_ext(name)[1] or "").lower()
-    return suffix in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, "json")
+    if suffix in IMAGE_SUFFIXES:
+        return MAX_PICTURE_BYTES
+    return MAX_TEXT_BYTES if suffix in (*CAPTION_SUFFIXES, "json") else 0
 
 
 class TarHeader(tarfile.TarInfo):
@@ -72,9 +82,10 @@ def tar_members(stream, url):
         while (member := tar.next()) is not None:
             tar.members.clear()
             if member.isreg():
-                # A sparse file of a few bytes may unpack to any size.
-                wanted = is_read(member.name) and not member.issparse()
-                data = tar.extractfile(member).read() if wanted else None
+                limit = 0 if member.issparse() else max_size(member.name)  # a sparse file may unpack to any size
+                data = None
+                if limit:
+                    data = tar.extractfile(member).read() if member.size <= limit else TooLarge(member.size)
                 yield {"fname": member.name, "data": data, "__url__": url}
 
 
@@ -205,6 +216,9 @@ def decode_sample(sample, config, rng):
 
     Returns a dict: `pixels` (3, H, W) uint8, `caption` str, `original_size` (height, width) and `crop` (top, left).
     """
+    for name, data in sample.items():
+        if isinstance(data, TooLarge):
+            raise Unusable("member too large", f".{name} has {data.size} bytes")
     suffix = next((s for s in IMAGE_SUFFIXES if sample.get(s) is not None), None)
     if suffix is None:
         found = ", ".join(f".{name}" for name in sample if not name.startswith("__"))

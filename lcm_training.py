@@ -3,6 +3,7 @@
 Nothing here knows which script called it, or owns the loop over steps.
 """
 
+import gc
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 
@@ -108,6 +109,16 @@ def start_trackers(accelerator, args):
     if accelerator.is_main_process and accelerator.log_with:
         os.makedirs(logging_dir, exist_ok=True)  # W&B falls back to a temporary folder if it is missing
     accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs={"wandb": {"dir": logging_dir}})
+
+
+def leave_process_group():
+    """Leave the other processes, after all that `train` built is gone.
+
+    In the other order, that of `Accelerator.end_training`, DistributedDataParallel is the one to free the group. Then
+    torch 2.13's gloo waits, with the interpreter's lock in hand, for a thread of its own that waits for that lock.
+    """
+    gc.collect()  # networks are parts of reference cycles
+    PartialState().destroy_process_group()
 
 
 def set_length(args, num_processes):

@@ -8,6 +8,7 @@ batch, made of the samples and draws of both.
 Each writes the gradients of its first optimizer step to `gradients.pt` in its output folder.
 """
 
+import gc
 import importlib
 import os
 import sys
@@ -15,7 +16,9 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import lcm_data
 import lcm_sharding
@@ -113,6 +116,19 @@ def record_gradients():
     lcm_training.make_optimizer = recording
 
 
+def check_that_networks_are_gone():
+    """DistributedDataParallel that outlives the process group makes gloo hang at times: see `leave_process_group`."""
+    destroy = torch.distributed.destroy_process_group
+
+    def checked(*args):
+        networks = (UNet2DConditionModel, DistributedDataParallel)
+        alive = [type(thing) for thing in gc.get_objects() if issubclass(type(thing), networks)]
+        assert not alive, alive
+        destroy(*args)
+
+    torch.distributed.destroy_process_group = checked
+
+
 if __name__ == "__main__":
     kind, script, *options = sys.argv[1:]
     if kind == "fsdp":
@@ -121,4 +137,5 @@ if __name__ == "__main__":
     if kind == "joint":
         be_two_processes()
     record_gradients()
+    check_that_networks_are_gone()
     importlib.import_module(script).main(options)
