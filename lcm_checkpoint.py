@@ -31,7 +31,8 @@ MAY_CHANGE_ON_RESUME = {
     "output_dir", "cache_dir", "logging_dir", "report_to", "tracker_project_name", "local_rank",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
     "max_train_steps", "num_train_epochs", "max_train_samples", "gradient_checkpointing",
-    "validation_steps", "validation_prompts", "validation_num_inference_steps", "validation_guidance_scale",
+    "logging_steps", "validation_steps", "validation_prompts", "validation_negative_prompt", "num_validation_images",
+    "validation_num_inference_steps", "validation_guidance_scale", "validation_resolution", "validation_teacher_steps",
     "push_to_hub", "hub_model_id", "hub_private",
 }  # fmt: skip
 
@@ -167,9 +168,10 @@ class Checkpoints:
     `lr_scheduler` have `state_dict` and `load_state_dict`, of plain numbers and lists.
     """
 
-    def __init__(self, accelerator, args, student, optimizer, trained, data, lr_scheduler):
-        self.accelerator, self.args, self.data, self.lr_scheduler = accelerator, args, data, lr_scheduler
-        self.student, self.optimizer, self.trained = student, optimizer, trained
+    def __init__(self, accelerator, args, trackers, student, optimizer, lr_scheduler, trained, data):
+        self.accelerator, self.args, self.trackers = accelerator, args, trackers
+        self.student, self.optimizer, self.lr_scheduler = student, optimizer, lr_scheduler
+        self.trained, self.data = trained, data
         # Networks are written in files that diffusers loads, instead of accelerate's own.
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
@@ -225,7 +227,7 @@ class Checkpoints:
             raise UserError(
                 f"--output_dir: cannot write {folder!r}: {first_line(error)}; earlier checkpoints are intact"
             ) from error
-        self.accelerator.log(lcm_data.as_scalars(*self.data.totals()), step=step)
+        self.trackers.log(lcm_data.as_scalars(*self.data.totals()), step=step)
         logger.info("Saved %s", folder)
 
     def resume(self):

@@ -151,14 +151,15 @@ class DDIMSolver:
 def consistency_loss(prediction, target, loss_type="l2", huber_c=0.001):
     """l2: mean of d^2; huber: mean of sqrt(d^2 + c^2) - c, with d = prediction - target in float32.
 
-    Returns a scalar. Raises ValueError for another `loss_type`. The second is the pseudo-Huber loss of Song &
-    Dhariwal, "Improved Techniques for Training Consistency Models", arXiv 2310.14189, taken element by element.
+    Returns the mean of each sample, (B,). Raises ValueError for another `loss_type`. The second is the pseudo-Huber
+    loss of Song & Dhariwal, "Improved Techniques for Training Consistency Models", arXiv 2310.14189, taken element by
+    element.
     """
     difference = prediction.float() - target.float()
     if loss_type == "l2":
-        return difference.square().mean()
+        return difference.square().flatten(1).mean(1)
     if loss_type == "huber":
-        return ((difference.square() + huber_c**2).sqrt() - huber_c).mean()
+        return ((difference.square() + huber_c**2).sqrt() - huber_c).flatten(1).mean(1)
     raise ValueError(f"loss_type is {loss_type!r}; allowed: l2, huber")
 
 
@@ -174,3 +175,13 @@ def update_ema(target, source, decay):
     targets = list(target.values())
     sources = [source[name].to(t.dtype) for name, t in target.items()]
     torch._foreach_lerp_(targets, sources, 1 - decay)
+
+
+@torch.no_grad()
+def relative_distance(target, source):
+    """|target - source| / |target| over two dicts of parameters with the same names: a scalar, not waited for.
+
+    One parameter after the other, since a second copy of a whole U-Net may not fit.
+    """
+    difference = sum((target[name] - source[name]).float().square().sum() for name in target)
+    return (difference / sum(tensor.float().square().sum() for tensor in target.values())).sqrt()

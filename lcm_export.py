@@ -9,14 +9,18 @@ import os
 
 import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
-from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData, create_commit, create_repo
+from huggingface_hub import CommitOperationAdd, create_commit, create_repo
 
 import lcm_data
 import lcm_sharding
 from lcm_checkpoint import whole_entries
 from lcm_options import UserError, default_guidance_scale, first_line
+from lcm_progress import METRICS_FILE, MetricsFile
+from lcm_report import draw_curves, model_card, teacher_name
 
 logger = logging.getLogger(__name__)
+
+CURVES_FILE = "training.png"
 
 
 def lcm_scheduler(noise_schedule, args):
@@ -110,69 +114,6 @@ image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={scale:g}).
         return {"guidance embedding": self.args.unet_time_cond_proj_dim, "EMA decay": self.args.ema_decay}
 
 
-def teacher_name(args):
-    """The teacher's Hub id; of a local folder only its last part, since cards travel."""
-    teacher = args.pretrained_teacher_model
-    return os.path.basename(os.path.normpath(teacher)) if os.path.isdir(teacher) else teacher
-
-
-def base_licence(args):
-    """The licence on the teacher's card on the Hub, None where it cannot be had."""
-    try:
-        return ModelCard.load(args.pretrained_teacher_model).data.license
-    except Exception:  # no card, no network
-        return None
-
-
-def model_card(args, trained, code, picture, steps):
-    """The model card: what this is, how to sample from it (`code`), how it was trained."""
-    is_local = os.path.isdir(args.pretrained_teacher_model)
-    data = ModelCardData(
-        license=None if is_local else base_licence(args),
-        base_model=None if is_local else args.pretrained_teacher_model,
-        base_model_relation=None if is_local else trained.relation,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=trained.tags,
-    )
-    options = {
-        "optimizer steps": steps,
-        "samples a step and process": args.train_batch_size * args.gradient_accumulation_steps,
-        "resolution": args.resolution,
-        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}",
-        "guidance_scale": f"{args.w_min + 1:g} to {args.w_max + 1:g} (w = {args.w_min:g} to {args.w_max:g})",
-        "DDIM grid": f"{args.num_ddim_timesteps} steps",
-        "loss": args.loss_type + (f", c = {args.huber_c:g}" if args.loss_type == "huber" else ""),
-        **trained.card_rows(),
-        "mixed precision": args.mixed_precision,
-        "seed": args.seed,
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in options.items())
-    return ModelCard(f"""\
----
-{data.to_yaml()}
----
-
-# {trained.title} of {teacher_name(args)}
-
-{trained.card_text()} It was distilled from {teacher_name(args)} with latent consistency distillation
-([arXiv 2310.04378](https://arxiv.org/abs/2310.04378)) and falls under the licence of that model.
-
-![Validation pictures]({picture})
-
-## How to use it
-
-```python
-{code}```
-
-## How it was trained
-
-| | |
-| --- | --- |
-{table}
-""")
-
-
 class Export:
     """Saves what was trained and, if asked, pushes it. The repository is made at once, so that a wrong name or a
     missing token shows before training; raises UserError then.
@@ -180,8 +121,8 @@ class Export:
     `trained` is a FullModel or a LoraModel.
     """
 
-    def __init__(self, accelerator, args, trained):
-        self.accelerator, self.args, self.trained = accelerator, args, trained
+    def __init__(self, accelerator, args, trackers, trained):
+        self.accelerator, self.args, self.trackers, self.trained = accelerator, args, trackers, trained
         if args.push_to_hub and accelerator.is_main_process:
             name = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
             try:
@@ -190,9 +131,9 @@ class Export:
                 raise UserError(f"--push_to_hub: cannot make {name!r} on the Hub: {first_line(error)}") from error
 
     def finish(self, steps, seconds, data):
-        """Write what was trained and the card to `output_dir`, push, and say where everything is."""
+        """Write what was trained and the report to `output_dir`, push, and say where everything is."""
         num_used, skipped = data.totals()
-        self.accelerator.log(lcm_data.as_scalars(num_used, skipped), step=steps)
+        self.trackers.log(lcm_data.as_scalars(num_used, skipped), step=steps)
         trained = self.trained.gathered()
         if self.accelerator.is_main_process:
             output_dir = self.args.output_dir
@@ -200,23 +141,43 @@ class Export:
             try:
                 with whole_entries(output_dir) as folder:
                     trained.export(folder)
-                    card = model_card(self.args, trained, code, f"validation/step-{steps:06d}.png", steps)
+                    self.draw_curves(os.path.join(folder, CURVES_FILE))
+                    pictures = self.pictures(steps, curves=os.path.join(folder, CURVES_FILE))
+                    names = {"validation": f"validation/step-{steps:06d}.png", "curves": CURVES_FILE}
+                    card = model_card(self.args, trained, code, steps, {what: names[what] for what in pictures})
                     card.save(os.path.join(folder, "README.md"))
             except Exception as error:  # for a full disk safetensors raises an error of its own
                 raise UserError(
                     f"--output_dir: cannot write to {output_dir!r}: {first_line(error)}; checkpoints are intact"
                 ) from error
             lines = [
-                f"\nTrained to step {steps}, {seconds:.0f} s in this session; {num_used} samples used, "
-                f"skipped: {lcm_data.describe(skipped)}.",
+                f"\nTrained to step {steps}, {seconds:.0f} s in this session. {num_used} samples used, skipped: "
+                f"{lcm_data.describe(skipped)}.\n",
                 *trained.describe(output_dir),
                 f"{output_dir}/scheduler: the scheduler that fits",
-                f"{output_dir}/validation: pictures; {output_dir}/{self.args.logging_dir}: logs\n",
+                f"{output_dir}/validation: pictures; {output_dir}/{CURVES_FILE}: curves; {output_dir}/README.md: the "
+                "report with both",
+                f"{output_dir}/{METRICS_FILE}, {output_dir}/{self.args.logging_dir}: the curves as numbers\n",
             ]
             print("\n".join(lines) + f"\n{code}")
-        self.finish_trackers()  # their run is complete, whatever becomes of the upload
+        self.trackers.finish()  # their run is complete, whatever becomes of the upload
         if self.args.push_to_hub and self.accelerator.is_main_process:
             self.push(steps)
+
+    def draw_curves(self, path):
+        """Draw the metrics of the whole run. A failure is logged: a picture is not worth the run."""
+        try:
+            draw_curves(MetricsFile(self.args.output_dir).read(), path)
+        except Exception as error:
+            logger.warning("No curves: %s", first_line(error))
+
+    def pictures(self, steps, curves):
+        """Those of the report that there are: {what: path}; `curves` is where the curves would be."""
+        paths = {
+            "validation": os.path.join(self.args.output_dir, "validation", f"step-{steps:06d}.png"),
+            "curves": curves,
+        }
+        return {what: path for what, path in paths.items() if os.path.isfile(path)}
 
     def stop(self, steps, seconds):
         """Say where a run that was told to stop goes on."""
@@ -226,12 +187,7 @@ class Export:
                 f"\nStopped at step {steps}, {seconds:.0f} s in this session. Everything is in {folder}; the same "
                 "command with --resume_from_checkpoint=latest goes on."
             )
-        self.finish_trackers()
-
-    def finish_trackers(self):
-        """End the trackers' run, but not yet the process group, as `Accelerator.end_training` would."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        self.trackers.finish()
 
     def push(self, steps):
         """Upload what was trained, the scheduler, the pictures and a card, in one commit.
@@ -241,15 +197,15 @@ class Export:
         """
         output_dir = self.args.output_dir
         code = self.trained.usage_code(teacher_name(self.args), self.repo_id, on_hub=True)
-        card = model_card(self.args, self.trained, code, "validation.png", steps)
+        pictures = self.pictures(steps, curves=os.path.join(output_dir, CURVES_FILE))
+        names = {"validation": "validation.png", "curves": CURVES_FILE}
+        card = model_card(self.args, self.trained, code, steps, {what: names[what] for what in pictures})
         files = {
             **self.trained.pushed_files(output_dir),
             "scheduler/scheduler_config.json": os.path.join(output_dir, "scheduler", "scheduler_config.json"),
-            "validation.png": os.path.join(output_dir, "validation", f"step-{steps:06d}.png"),
+            **{names[what]: path for what, path in pictures.items()},
             "README.md": str(card).encode(),
         }
-        if not os.path.isfile(files["validation.png"]):
-            del files["validation.png"]
         try:
             create_commit(
                 self.repo_id,

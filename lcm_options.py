@@ -88,6 +88,17 @@ def number(low, high=math.inf, below=math.inf, above=-math.inf):
     return parse
 
 
+def sizes(text):
+    """An argparse type: `1024x1024,1280x768` or `1024` as a list of (width, height) in pixels, multiples of 8."""
+    found = [re.fullmatch(r"(\d+)(?:x(\d+))?", part.strip()) for part in text.split(",")]
+    pairs = [(int(match[1]), int(match[2] or match[1])) for match in found if match]
+    if len(pairs) < len(found) or not all(side >= 8 and side % 8 == 0 for pair in pairs for side in pair):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} given; allowed: WIDTHxHEIGHT, or one number, in multiples of 8, joined by commas"
+        )
+    return pairs
+
+
 def make_parser(description):
     """An empty parser with the script's docstring as its description."""
     return Parser(description=description, formatter_class=HelpFormatter)
@@ -121,6 +132,8 @@ def add_output_options(parser):
         help="Where losses and pictures are logged; `all` takes every tracker that is installed.")
     add("--tracker_project_name", default="text2image-fine-tune", metavar="NAME",
         help="The project under which the trackers file this run.")
+    add("--logging_steps", type=integer(1), default=10, metavar="STEPS",
+        help="Log metrics every so many optimizer steps, as means over them, to the trackers and metrics.jsonl.")
     add("--checkpointing_steps", type=integer(1), default=500, metavar="STEPS",
         help="Save everything needed to go on exactly, every so many optimizer steps.")
     add("--checkpoints_total_limit", type=integer(1), metavar="N",
@@ -283,12 +296,22 @@ def add_validation_options(parser, guidance_scale=None):
     add("--validation_steps", type=integer(1), default=200, metavar="STEPS",
         help="Draw pictures every so many optimizer steps, and at the end.")
     add("--validation_prompts", nargs="+", default=VALIDATION_PROMPTS, metavar="PROMPT",
-        help="What to draw, one row each.")
+        help="What to draw, one row each. The name of a text file stands for its lines.")
+    add("--validation_negative_prompt", metavar="PROMPT",
+        help="What not to draw. Has an effect on the teacher, and on a LoRA at a guidance scale above 1.")
+    add("--num_validation_images", type=integer(1), default=1, metavar="N",
+        help="Rows for each prompt, each from noise of its own; all columns start from the same.")
+    add("--validation_resolution", type=sizes, metavar="WxH,...",
+        help="Sizes in pixels, as 1024x1024,1280x768, one row each. If unset: --resolution.")
     add("--validation_num_inference_steps", nargs="+", type=integer(1), default=[4], metavar="STEPS",
         help="With how many steps, one column each.")
-    add("--validation_guidance_scale", type=number(1), default=guidance_scale, metavar="SCALE",
-        help="A pipeline's guidance_scale." + (" If unset: 7.5, moved into [w_min + 1, w_max + 1]."
-                                               if guidance_scale is None else ""))
+    add("--validation_guidance_scale", nargs="+", type=number(1),
+        default=None if guidance_scale is None else [guidance_scale], metavar="SCALE",
+        help="A pipeline's guidance_scale, one column each." + (
+            " If unset: 7.5, moved into [w_min + 1, w_max + 1]." if guidance_scale is None else ""))
+    add("--validation_teacher_steps", nargs="*", type=integer(1, 1000), metavar="STEPS",
+        help="With how many steps of DDIM the teacher draws the same once, for columns beside. If unset: the most of "
+             "--validation_num_inference_steps, and 25. Nothing after the option: no columns.")
 
 
 def add_hub_options(parser):
@@ -337,9 +360,25 @@ def parse(parser, argv=None):
     resume = args.resume_from_checkpoint
     need(resume in (None, "latest") or find_checkpoint(args.output_dir, resume), "--resume_from_checkpoint",
          f"{resume!r} is neither a folder in {args.output_dir!r} nor a path; allowed: latest, or a folder")
+    args.validation_prompts = [prompt for value in args.validation_prompts for prompt in read_prompts(value, need)]
+    if args.validation_teacher_steps is None:
+        args.validation_teacher_steps = sorted({most, 25})
     if args.local_rank != -1:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     return args
+
+
+def read_prompts(value, need):
+    """The lines of the text file `value`, without empty ones; if there is none, `value` itself."""
+    if not os.path.isfile(value):
+        return [value]
+    try:
+        with open(value, encoding="utf-8-sig") as file:
+            prompts = [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        need(False, "--validation_prompts", f"cannot read {value!r} as text in UTF-8: {error}")
+    need(prompts, "--validation_prompts", f"{value!r} holds no prompt; allowed: prompts, or a file with one a line")
+    return prompts
 
 
 def find_checkpoint(output_dir, name):

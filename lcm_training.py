@@ -5,13 +5,9 @@ Nothing here knows which script called it, or owns the loop over steps.
 
 import gc
 import logging
-import math
 import os
 import secrets
-import signal
 import sys
-import threading
-import time
 from datetime import timedelta
 
 import diffusers
@@ -20,14 +16,11 @@ import torch
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
-from tqdm.auto import tqdm
 
 from lcm_checkpoint import check_resume, stored_seed
-from lcm_options import BEFORE_ERROR, UserError, first_line, public_options
+from lcm_options import UserError, first_line
 
 logger = logging.getLogger(__name__)
-
-MAX_SKIPPED_IN_A_ROW = 50  # the scaler halves its scale of 65536 at each: by then no scale is left
 
 
 # Start-up.
@@ -100,15 +93,6 @@ def start(args, can_shard=False):
         raise UserError(f"--output_dir: {error}") from None
     accelerator.wait_for_everyone()
     return accelerator
-
-
-def start_trackers(accelerator, args):
-    """Open the trackers and give them the options; lists and None become text, which all of them take."""
-    config = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in public_options(args).items()}
-    logging_dir = os.path.join(args.output_dir, args.logging_dir)
-    if accelerator.is_main_process and accelerator.log_with:
-        os.makedirs(logging_dir, exist_ok=True)  # W&B falls back to a temporary folder if it is missing
-    accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs={"wandb": {"dir": logging_dir}})
 
 
 def leave_process_group():
@@ -227,105 +211,3 @@ def describe_run(args, accelerator, student, solver, data_config, steps_per_epoc
             args.num_ddim_timesteps,
             solver.timesteps[-1],
         )
-
-
-class StopSignals:
-    """SIGTERM and SIGINT, which ask for a checkpoint and a clean end after the current step; a second ends at once."""
-
-    def __init__(self):
-        self.received = None
-        self.previous = {}
-        if threading.current_thread() is threading.main_thread():  # nowhere else can a handler be set
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous[number] = signal.signal(number, self.receive)
-
-    def receive(self, number, frame):
-        if self.received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.received = signal.Signals(number).name
-
-    def restore(self):
-        """Put the handlers of before back."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        self.previous = {}
-
-
-class Progress:
-    """The progress bar, the trackers' scalars, the check that the loss is a number, and word of a signal to stop.
-
-    `stopping` is True, on all processes alike, when one of them was told to stop before the last `mean_loss`.
-    """
-
-    def __init__(self, accelerator, args, first_step):
-        self.accelerator = accelerator
-        self.samples_per_step = samples_per_step(args, accelerator)
-        self.bar = tqdm(
-            total=args.max_train_steps,
-            initial=first_step,
-            desc="Steps",
-            unit="step",
-            disable=not accelerator.is_local_main_process,
-            dynamic_ncols=True,
-            smoothing=0.1,
-        )
-        self.signals = StopSignals()
-        self.stopping = False
-        BEFORE_ERROR.append(self.close)
-        self.started = self.last = time.perf_counter()
-        self.losses = []
-        self.skipped_in_a_row = 0
-
-    def restart_clock(self):
-        """Leave what was done since the last step, pictures and checkpoints, out of the speed that is shown."""
-        self.last = time.perf_counter()
-
-    def add_loss(self, loss):
-        """Keep the loss of one forward pass, a scalar tensor, without waiting for it."""
-        self.losses.append(loss.detach())
-
-    def mean_loss(self, step, gradient_norm):
-        """The loss of an optimizer step: mean over its forward passes and over processes; waits for the device.
-
-        Called before the optimizer steps. Raises UserError, on all processes alike, if the loss or the gradient's norm
-        (a scalar tensor) is not finite. With fp16 the gradient scaler skips a step whose gradients overflow, so that
-        only many such steps in a row are an error.
-        """
-        stop = self.losses[0].new_tensor(float(self.signals.received is not None))
-        loss, stop = self.accelerator.reduce(torch.stack([torch.stack(self.losses).mean(), stop]), reduction="mean")
-        if hasattr(gradient_norm, "full_tensor"):  # of weights that are split over processes
-            gradient_norm = gradient_norm.full_tensor()
-        loss, norm, stop = torch.stack([loss, gradient_norm.to(loss), stop]).tolist()  # one wait for all
-        self.stopping = stop > 0
-        self.losses.clear()
-        has_scaler = self.accelerator.scaler is not None
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if has_scaler and not math.isfinite(norm) else 0
-        if not math.isfinite(loss):
-            problem = f"the loss is {loss}"
-        elif not math.isfinite(norm) and not has_scaler:
-            problem = f"the norm of the gradients is {norm}"
-        elif self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            problem = f"the gradients overflowed fp16 {MAX_SKIPPED_IN_A_ROW} times in a row"
-        else:
-            return loss
-        raise UserError(
-            f"{problem} at step {step}; training stops before the weights are touched, and the last checkpoint is as "
-            "it was. A lower --learning_rate, or bf16 in place of fp16, is the usual cure"
-        )
-
-    def step(self, step, loss, learning_rate):
-        """Show and log one finished optimizer step."""
-        now = time.perf_counter()
-        images_per_second = self.samples_per_step / (now - self.last)
-        self.last = now
-        self.bar.update(1)
-        self.bar.set_postfix_str(f"loss {loss:.4g}, lr {learning_rate:.3g}, {images_per_second:.3g} images/s")
-        scalars = {"loss": loss, "lr": learning_rate, "images_per_second": images_per_second}
-        self.accelerator.log(scalars, step=step)
-
-    def close(self):
-        """End the bar, and take signals as before; returns the seconds since it began."""
-        self.signals.restore()
-        self.bar.close()
-        return time.perf_counter() - self.started

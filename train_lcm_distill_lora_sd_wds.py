@@ -24,6 +24,7 @@ from lcm_options import (
     add_precision_options,
     add_training_options,
     add_validation_options,
+    default_guidance_scale,
     make_parser,
     parse,
     run,
@@ -72,7 +73,9 @@ def train(args):
     import lcm_data
     import lcm_export
     import lcm_lora
+    import lcm_progress
     import lcm_teacher
+    import lcm_trackers
     import lcm_training
     import lcm_validation
     from lcm_common import (
@@ -110,24 +113,32 @@ def train(args):
     unet = accelerator.unwrap_model(student, keep_torch_compile=False)
     scheduler = lcm_export.lcm_scheduler(schedule, args)
     trained = lcm_lora.LoraModel(args, unet, scheduler)
-    checkpoints = lcm_checkpoint.Checkpoints(accelerator, args, student, optimizer, trained, data, lr_scheduler)
+    trackers = lcm_trackers.Trackers(accelerator, args)
+    checkpoints = lcm_checkpoint.Checkpoints(
+        accelerator, args, trackers, student, optimizer, lr_scheduler, trained, data
+    )
     validation = lcm_validation.Validation(
         accelerator,
         args,
+        trackers,
         make_pipeline=partial(StableDiffusionPipeline, vae=vae, scheduler=scheduler, **encode_prompts.components),
+        noise_schedule=schedule,
+        teacher=teacher.active,
         networks={"LoRA": target.active},
+        teacher_guidance_scales=[default_guidance_scale(args)],  # what the LoRA learns, and is sampled without
     )
-    export = lcm_export.Export(accelerator, args, trained)
+    export = lcm_export.Export(accelerator, args, trackers, trained)
     lcm_training.describe_run(args, accelerator, student, solver, data.config, steps_per_epoch)
     step = checkpoints.resume()
-    lcm_training.start_trackers(accelerator, args)
-    progress = lcm_training.Progress(accelerator, args, step)
+    trackers.start(step)
+    validation.draw_teacher(step)
+    progress = lcm_progress.Progress(accelerator, args, trackers, solver, step)
     forward_pass = step * args.gradient_accumulation_steps
     weights = lcm_lora.adapter_parameters(unet, lcm_lora.TRAINED)
     averaged = lcm_lora.adapter_parameters(unet, lcm_lora.EMA)
 
     # Algorithm 1. B samples; latents z_* and outputs (B, C, h, w); n, t_nk, t_n, w are (B,).
-    for batch in data if step < args.max_train_steps else ():
+    for batch in progress.timed(data) if step < args.max_train_steps else ():
         with accelerator.accumulate(student):
             generator = lcm_training.step_generator(args.seed, accelerator.process_index, forward_pass, device)
             forward_pass += 1
@@ -167,14 +178,14 @@ def train(args):
             f_student = consistency_function(
                 output, t_nk, z_nk, alphas, sigmas, prediction_type, args.timestep_scaling_factor
             )
-            loss = consistency_loss(f_student, f_target, args.loss_type, args.huber_c)
+            losses = consistency_loss(f_student, f_target, args.loss_type, args.huber_c)
 
             # theta <- theta - eta grad L; theta^- <- stopgrad(mu theta^- + (1 - mu) theta)
-            accelerator.backward(loss)
-            progress.add_loss(loss)
+            accelerator.backward(losses.mean())
+            progress.add_losses(losses, t_nk)
             if accelerator.sync_gradients:
                 gradient_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
-                mean_loss = progress.mean_loss(step + 1, gradient_norm)
+                progress.check(step + 1, gradient_norm, weights, averaged)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -186,7 +197,7 @@ def train(args):
                 update_ema(averaged, weights, args.ema_decay)
             lr_scheduler.step()
         step += 1
-        progress.step(step, mean_loss, learning_rate)
+        progress.step(step, learning_rate)
         if step % args.checkpointing_steps == 0 or progress.stopping:
             checkpoints.save(step)
         if step >= args.max_train_steps or progress.stopping:

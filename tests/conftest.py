@@ -236,8 +236,10 @@ def common_options(teacher, shards, output_dir, *more):
         "--learning_rate=1e-3",
         "--shuffle_buffer_size=8",
         "--report_to=none",
+        "--logging_steps=1",
         "--validation_prompts=a red three",
         "--validation_num_inference_steps=1",
+        "--validation_teacher_steps",
         "--seed=0",
         *map(str, more),
     ]

@@ -12,8 +12,8 @@ import sys
 import torch
 from conftest import EVERYTHING_AT_RANDOM
 
+import lcm_progress
 import lcm_teacher
-import lcm_training
 
 KILL_MOMENTS = int(os.environ.get("KILL_MOMENTS", "8"))
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
@@ -74,15 +74,15 @@ def lead_a_dangerous_life(folder, log, kill_at):
         setattr(owner, name, wrapped)
 
     wrap(lcm_teacher, "load_unet")
-    wrap(lcm_training.Progress, "add_loss")
-    wrap(lcm_training.Progress, "mean_loss")
+    wrap(lcm_progress.Progress, "add_losses")
+    wrap(lcm_progress.Progress, "check")
     sys.addaudithook(on_event)
 
 
 def test_killed_at_any_moment(script, tmp_path):
     """Bit for bit, with accumulation, two workers, flips, dropped captions, rotation; the LoRA with dropout."""
     moments = run(script, tmp_path / "unbroken")
-    for part in ("load_unet", "add_loss", "open checkpoint-2.partial", "os.rename checkpoint-3.partial",
+    for part in ("load_unet", "add_losses", "open checkpoint-2.partial", "os.rename checkpoint-3.partial",
                  "shutil.rmtree checkpoint-1.partial", "open export.partial", "os.rename export.partial"):  # fmt: skip
         assert any(moment.startswith(part) for moment in moments), part
     unbroken = script.weights(tmp_path / "unbroken")

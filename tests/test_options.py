@@ -95,11 +95,16 @@ OWN_COMMON = {
     "min_image_size": 0,
     "max_watermark_probability": None,
     "shuffle_buffer_size": 1000,
+    "logging_steps": 10,
+    "validation_negative_prompt": None,
+    "num_validation_images": 1,
+    "validation_resolution": None,
     "validation_num_inference_steps": [4],
     "validation_guidance_scale": None,
+    "validation_teacher_steps": [4, 25],
     "hub_private": True,
 }
-OWN_LORA = {"ema_decay": None, "validation_guidance_scale": 1.0}
+OWN_LORA = {"ema_decay": None, "validation_guidance_scale": [1.0]}
 DEFAULTS = {
     name: public | OWN_COMMON | (OWN_LORA if name.startswith("lora") else {})
     for name, public in PUBLIC_DEFAULTS.items()

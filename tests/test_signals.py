@@ -11,21 +11,21 @@ from conftest import ROOT, SCRIPTS, Script
 # Raises a signal inside step 3, to this process or to its whole group, as a terminal and SLURM do.
 SIGNALLED = """
 import importlib, os, signal, sys
-import lcm_training
+import lcm_progress
 
 script, name, whom, *options = sys.argv[1:]
-number, add_loss = getattr(signal, name), lcm_training.Progress.add_loss
+number, add_loss = getattr(signal, name), lcm_progress.Progress.add_losses
 calls = []
 
-def add_loss_and_signal(self, loss):
-    add_loss(self, loss)
+def add_loss_and_signal(self, *args):
+    add_loss(self, *args)
     calls.append(1)
     if len(calls) == 5:
         os.kill(os.getpid(), number) if whom == "process" else os.killpg(0, number)
     if len(calls) == 5 and whom == "twice":
         os.kill(os.getpid(), number)
 
-lcm_training.Progress.add_loss = add_loss_and_signal
+lcm_progress.Progress.add_losses = add_loss_and_signal
 importlib.import_module(script).main(options)
 """
 

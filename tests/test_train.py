@@ -14,6 +14,7 @@ from hub_server import HubServer, client_env
 from safetensors.torch import load_file
 
 import lcm_checkpoint
+import lcm_progress
 import lcm_teacher
 import lcm_training
 from train_lcm_distill_sd_wds import load_models, main, parse_args
@@ -58,6 +59,7 @@ OUTPUTS = {
     "lora_sd": {"pytorch_lora_weights.safetensors", "lcm_lora_kohya.safetensors", "scheduler"},
     "lora_sdxl": {"pytorch_lora_weights.safetensors", "lcm_lora_kohya.safetensors", "scheduler", "student"},
 }
+REPORT = {"README.md", "validation", "training.png", "metrics.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def finished(teacher, shards, tmp_path_factory):
 
 def test_files_of_a_run(script, output):
     files = {path.name for path in output.iterdir()}
-    assert files == OUTPUTS[script.name] | {"validation", "README.md", "checkpoint-2", "checkpoint-4"}
+    assert files == OUTPUTS[script.name] | REPORT | {"checkpoint-2", "checkpoint-4"}
     assert {path.name for path in (output / "validation").iterdir()} == {"step-000002.png", "step-000004.png"}
     card = (output / "README.md").read_text()
     assert "from_pretrained" in card and "LCMScheduler" in card
@@ -224,7 +226,7 @@ def test_first_loss_is_that_of_the_formulas(script, tmp_path, monkeypatch):
             yield batch
 
     monkeypatch.setattr(lcm_data.TrainingData, "__iter__", recording)
-    monkeypatch.setattr(lcm_training.Progress, "step", lambda self, step, loss, lr: losses.append(loss))
+    monkeypatch.setattr(lcm_progress.Progress, "step", lambda self, step, lr: losses.append(self.loss))
     script.main(tmp_path, "--max_train_steps=1", "--validation_steps=9")
 
     pipeline = DiffusionPipeline.from_pretrained(script.teacher)
@@ -332,16 +334,16 @@ def test_same_seed_same_weights_with_two_workers(script, tmp_path):
 
 KILLED_AT = """
 import importlib, os, signal, sys
-import lcm_training
+import lcm_progress
 
-step = lcm_training.Progress.step
+step = lcm_progress.Progress.step
 
-def step_or_die(self, number, loss, rate):
+def step_or_die(self, number, rate):
     if number == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
-    step(self, number, loss, rate)
+    step(self, number, rate)
 
-lcm_training.Progress.step = step_or_die
+lcm_progress.Progress.step = step_or_die
 importlib.import_module(sys.argv[1]).main(sys.argv[3:])
 """
 
@@ -515,7 +517,7 @@ def test_a_step_that_the_scaler_skips_changes_nothing(teacher, shards, tmp_path,
 
 
 def test_many_skipped_steps_in_a_row_are_an_error(teacher, shards, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lcm_training, "MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr(lcm_progress, "MAX_SKIPPED_IN_A_ROW", 3)
     options = sd_options(teacher, shards, tmp_path, "--checkpointing_steps=1", "--max_train_steps=9")
     with pytest.raises(SystemExit):
         run_with_scaler(monkeypatch, options, overflows={2, 4, 5, 6})
@@ -697,7 +699,7 @@ def test_public_command_and_what_it_pushes(script, tmp_path):
             f"--train_shards_path_or_url=pipe:cat {script.shards}", env=env,
         )  # fmt: skip
         pushed = server.files("tester/saved-model")
-        always = {".gitattributes", "README.md", "scheduler/scheduler_config.json", "validation.png"}
+        always = {".gitattributes", "README.md", "scheduler/scheduler_config.json", "validation.png", "training.png"}
         assert set(pushed) == always | (LORA_FILES if script.is_lora else FULL_FILES)
         assert server.private("tester/saved-model")
         for text in (str(tmp_path), str(script.teacher), server.token):

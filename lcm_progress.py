@@ -1,0 +1,248 @@
+"""What a run shows while it trains: a bar, metrics, and that it was told to stop.
+
+Metrics go to the trackers and to `metrics.jsonl` every `--logging_steps`, as means over those steps and all processes.
+For them, for the check that the loss is a number, and for word of a signal, the processes speak once per optimizer
+step, and the host waits for the device once.
+"""
+
+import json
+import logging
+import math
+import os
+import resource
+import signal
+import threading
+import time
+
+import torch
+from tqdm.auto import tqdm
+
+from lcm_common import relative_distance
+from lcm_options import BEFORE_ERROR, UserError
+from lcm_training import samples_per_step
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+MAX_SKIPPED_IN_A_ROW = 50  # the scaler halves its scale of 65536 at each: by then no scale is left
+QUARTERS = 4  # of the teacher's timesteps
+
+
+class StopSignals:
+    """SIGTERM and SIGINT, which ask for a checkpoint and a clean end after the current step; a second ends at once."""
+
+    def __init__(self):
+        self.received = None
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():  # nowhere else can a handler be set
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = signal.Signals(number).name
+
+    def restore(self):
+        """Put the handlers of before back."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+
+class MetricsFile:
+    """`metrics.jsonl` in the output folder: one JSON object a line, in the order of steps; written by one process."""
+
+    def __init__(self, output_dir):
+        self.path = os.path.join(output_dir, METRICS_FILE)
+        self.has_failed = False
+
+    def read(self):
+        """All rows, as dicts; a line that a kill has cut is left out."""
+        rows = []
+        if os.path.isfile(self.path):
+            with open(self.path, encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    try:
+                        rows.append(json.loads(line))
+                    except ValueError:
+                        continue
+        return rows
+
+    def go_on_from(self, step):
+        """Drop the rows after `step`, which are about to be trained again, and those of an earlier run."""
+        rows = [row for row in self.read() if row["step"] <= step]
+        with open(self.path + ".partial", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        os.replace(file.name, self.path)
+
+    def append(self, row):
+        """Add one row; a failure is logged once, for numbers are not worth a run."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # a full disk
+            if not self.has_failed:
+                logger.warning("Metrics are not written to %s: %s", self.path, error)
+            self.has_failed = True
+
+
+def peak_memory(device):
+    """The most memory that this process had, in bytes: of the GPU, or without one of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Window:
+    """Sums over the steps since metrics were last logged."""
+
+    def __init__(self):
+        self.losses, self.counts = [0.0] * QUARTERS, [0] * QUARTERS  # of samples, by quarter of the timesteps
+        self.gradient_norms, self.steps = [], 0
+        self.seconds = self.waited = 0.0
+
+    def add(self, losses, counts, gradient_norm):
+        self.losses = [a + b for a, b in zip(self.losses, losses, strict=True)]
+        self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+        self.gradient_norms += [gradient_norm] * math.isfinite(gradient_norm)  # it is not where fp16 overflowed
+        self.steps += 1
+
+    def means(self, num_timesteps):
+        """Metrics as a dict of floats; quarters of which no timestep was drawn are left out."""
+        metrics = {"loss": sum(self.losses) / sum(self.counts)}
+        if self.gradient_norms:
+            metrics["gradient_norm"] = sum(self.gradient_norms) / len(self.gradient_norms)
+        edges = [num_timesteps * i // QUARTERS for i in range(QUARTERS + 1)]
+        for i, count in enumerate(self.counts):
+            if count:
+                metrics[f"loss_by_timestep/{edges[i]:03d}-{edges[i + 1] - 1:03d}"] = self.losses[i] / count
+        return metrics
+
+
+class Progress:
+    """The bar, the metrics, the check that loss and gradients are numbers, and word of a signal to stop.
+
+    `stopping` is True, on all processes alike, when one of them was told to stop before the last `check`.
+    """
+
+    def __init__(self, accelerator, args, trackers, solver, first_step):
+        self.accelerator, self.args, self.trackers = accelerator, args, trackers
+        self.samples_per_step = samples_per_step(args, accelerator)
+        self.num_timesteps = len(solver.alphas)
+        self.bar = tqdm(
+            total=args.max_train_steps,
+            initial=first_step,
+            desc="Steps",
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
+        self.file = MetricsFile(args.output_dir)
+        if accelerator.is_main_process:
+            self.file.go_on_from(first_step)
+        self.signals = StopSignals()
+        self.stopping = False
+        BEFORE_ERROR.append(self.close)
+        self.started = self.last = time.perf_counter()
+        self.waited = 0.0
+        self.sums = torch.zeros(2, QUARTERS, device=accelerator.device)  # losses, counts
+        self.window = Window()
+        self.skipped_in_a_row = 0
+
+    def timed(self, batches):
+        """The same batches; how long the loop waits for them is measured."""
+        started = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - started
+            yield batch
+            started = time.perf_counter()
+
+    def restart_clock(self):
+        """Leave what was done since the last step, pictures and checkpoints, out of the speed that is shown."""
+        self.last = time.perf_counter()
+
+    def add_losses(self, losses, t):
+        """Keep the losses of one forward pass and their timesteps, both (B,), without waiting for them."""
+        quarter = t * QUARTERS // self.num_timesteps
+        self.sums.index_add_(1, quarter, torch.stack([losses.detach().float(), torch.ones_like(t).float()]))
+
+    def is_logged(self, step):
+        return step % self.args.logging_steps == 0 or step == self.args.max_train_steps
+
+    def check(self, step, gradient_norm, weights, averaged):
+        """Share the losses of an optimizer step, number `step`, that is about to be taken; waits for the device.
+
+        `gradient_norm` is a scalar tensor; `weights` and their moving average `averaged` are dicts of parameters, the
+        second one empty if there is none. Raises UserError, on all processes alike, if the loss or the norm is not
+        finite. With fp16 the gradient scaler skips a step whose gradients overflow, so that only many such steps in a
+        row are an error.
+        """
+        stop = self.sums.new_tensor([float(self.signals.received is not None)])
+        shared = self.accelerator.reduce(torch.cat([self.sums.flatten(), stop]), reduction="sum")
+        alike = [gradient_norm]  # on all processes
+        if averaged and self.is_logged(step):
+            alike.append(relative_distance(averaged, weights))
+        # Of weights that are split over processes, the whole.
+        alike = [value.full_tensor() if hasattr(value, "full_tensor") else value for value in alike]
+        numbers = torch.cat([shared, torch.stack([value.to(shared) for value in alike])]).tolist()  # the one wait
+        losses, counts, (stop, norm, *distance) = numbers[:QUARTERS], numbers[QUARTERS:8], numbers[8:]
+        self.sums.zero_()
+        self.stopping = stop > 0
+        self.loss, self.distance = sum(losses) / sum(counts), distance
+        self.refuse_what_is_no_number(step, self.loss, norm)
+        self.window.add(losses, counts, norm)
+
+    def refuse_what_is_no_number(self, step, loss, norm):
+        has_scaler = self.accelerator.scaler is not None
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if has_scaler and not math.isfinite(norm) else 0
+        if not math.isfinite(loss):
+            problem = f"the loss is {loss}"
+        elif not math.isfinite(norm) and not has_scaler:
+            problem = f"the norm of the gradients is {norm}"
+        elif self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            problem = f"the gradients overflowed fp16 {MAX_SKIPPED_IN_A_ROW} times in a row"
+        else:
+            return
+        raise UserError(
+            f"{problem} at step {step}; training stops before the weights are touched, and the last checkpoint is as "
+            "it was. A lower --learning_rate, or bf16 in place of fp16, is the usual cure"
+        )
+
+    def step(self, step, learning_rate):
+        """Show one finished optimizer step, and log the metrics if it is their turn."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        self.window.seconds += seconds
+        self.window.waited += self.waited
+        self.waited = 0.0
+        images_per_second = self.samples_per_step * self.window.steps / self.window.seconds
+        waited = self.window.waited / self.window.seconds
+        self.bar.update(1)
+        slow = f", waits for data {waited:.0%}" if waited > 0.1 else ""
+        self.bar.set_postfix_str(
+            f"loss {self.loss:.4g}, lr {learning_rate:.3g}, {images_per_second:.3g} images/s{slow}"
+        )
+        if not self.is_logged(step) and not self.stopping:
+            return
+        metrics = {
+            **self.window.means(self.num_timesteps),
+            "lr": learning_rate,
+            "images_per_second": images_per_second,
+            "data_wait": min(waited, 1.0),
+            "peak_memory_gb": peak_memory(self.accelerator.device) / 1e9,
+        }
+        if self.distance:
+            metrics["ema_distance"] = self.distance[0]
+        self.window = Window()
+        self.trackers.log(metrics, step)
+        if self.accelerator.is_main_process:
+            self.file.append({"step": step, **metrics})
+
+    def close(self):
+        """End the bar, and take signals as before; returns the seconds since it began."""
+        self.signals.restore()
+        self.bar.close()
+        return time.perf_counter() - self.started

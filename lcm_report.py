@@ -1,0 +1,117 @@
+"""The training report: a model card with the curves and the pictures, in the output folder and on the Hub."""
+
+import os
+
+import numpy as np
+from huggingface_hub import ModelCard, ModelCardData
+from matplotlib.figure import Figure
+
+
+def smooth(values):
+    """A running mean over a twentieth of the values, as many as there are."""
+    width = max(1, len(values) // 20)
+    padded = np.pad(np.asarray(values, dtype=float), (width // 2, width - 1 - width // 2), mode="edge")
+    return np.convolve(padded, np.ones(width) / width, mode="valid")
+
+
+def draw_curve(axes, rows, name, **style):
+    """One metric over the optimizer steps; where it is noisy its running mean, over the values themselves in pale."""
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    steps, values = zip(*points, strict=True)
+    marker = "o" if len(points) == 1 else ""
+    (line,) = axes.plot(steps, smooth(values), marker=marker, linewidth=1.5, **style)
+    if len(points) >= 40:
+        axes.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=0.8)
+
+
+def timesteps(name):
+    """`loss_by_timestep/000-249` as a reader wants it."""
+    first, last = name.rpartition("/")[2].split("-")
+    return f"t from {int(first)} to {int(last)}"
+
+
+def draw_curves(rows, path):
+    """Draw `metrics.jsonl`, as a list of dicts, to a picture: the loss, the loss by timestep, the gradients' norm."""
+    figure = Figure(figsize=(12, 3.4), dpi=100, layout="constrained")
+    loss, by_timestep, gradients = figure.subplots(1, 3)
+    draw_curve(loss, rows, "loss")
+    loss.set_title("loss")
+    quarters = sorted({name for row in rows for name in row if name.startswith("loss_by_timestep/")})
+    for name in quarters:
+        draw_curve(by_timestep, rows, name, label=timesteps(name))
+    by_timestep.set_title("loss by timestep")
+    by_timestep.legend(fontsize="small")
+    if any("gradient_norm" in row for row in rows):
+        draw_curve(gradients, rows, "gradient_norm")
+    gradients.set_title("gradient norm, before clipping")
+    for axes in (loss, by_timestep, gradients):
+        axes.set_yscale("log")
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def teacher_name(args):
+    """The teacher's Hub id; of a local folder only its last part, since cards travel."""
+    teacher = args.pretrained_teacher_model
+    return os.path.basename(os.path.normpath(teacher)) if os.path.isdir(teacher) else teacher
+
+
+def base_licence(args):
+    """The licence on the teacher's card on the Hub, None where it cannot be had."""
+    try:
+        return ModelCard.load(args.pretrained_teacher_model).data.license
+    except Exception:  # no card, no network
+        return None
+
+
+def model_card(args, trained, code, steps, pictures):
+    """The model card: what this is, how to sample from it (`code`), how it was trained.
+
+    `pictures` has the addresses of those that there are: `validation`, `curves`.
+    """
+    is_local = os.path.isdir(args.pretrained_teacher_model)
+    data = ModelCardData(
+        license=None if is_local else base_licence(args),
+        base_model=None if is_local else args.pretrained_teacher_model,
+        base_model_relation=None if is_local else trained.relation,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=trained.tags,
+    )
+    options = {
+        "optimizer steps": steps,
+        "samples a step and process": args.train_batch_size * args.gradient_accumulation_steps,
+        "resolution": args.resolution,
+        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}",
+        "guidance_scale": f"{args.w_min + 1:g} to {args.w_max + 1:g} (w = {args.w_min:g} to {args.w_max:g})",
+        "DDIM grid": f"{args.num_ddim_timesteps} steps",
+        "loss": args.loss_type + (f", c = {args.huber_c:g}" if args.loss_type == "huber" else ""),
+        **trained.card_rows(),
+        "mixed precision": args.mixed_precision,
+        "seed": args.seed,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in options.items())
+    validation = f"\n![Validation pictures]({pictures['validation']})\n" if "validation" in pictures else ""
+    curves = f"\n![Curves of the training]({pictures['curves']})\n" if "curves" in pictures else ""
+    return ModelCard(f"""\
+---
+{data.to_yaml()}
+---
+
+# {trained.title} of {teacher_name(args)}
+
+{trained.card_text()} It was distilled from {teacher_name(args)} with latent consistency distillation
+([arXiv 2310.04378](https://arxiv.org/abs/2310.04378)) and falls under the licence of that model.
+{validation}
+## How to use it
+
+```python
+{code}```
+
+## How it was trained
+{curves}
+| | |
+| --- | --- |
+{table}
+""")

@@ -1,0 +1,212 @@
+"""Pictures while training: what a user would get from the stock pipelines, for all networks, sizes and seeds."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, Script
+from PIL import Image
+
+import lcm_trackers
+import lcm_validation
+from lcm_options import default_guidance_scale
+from lcm_validation import picture_grid
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """All pictures that the trackers are given: {step: {name: [(picture, caption), ...]}}."""
+    seen = {}
+
+    def log_pictures(self, pictures, step):
+        seen.setdefault(step, {}).update(pictures)
+
+    monkeypatch.setattr(lcm_trackers.Trackers, "log_pictures", log_pictures)
+    return seen
+
+
+def stock_pipeline(script, folder, network):
+    """The teacher's pipeline with a trained network of `folder`, put together as the documentation says."""
+    from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+
+    pipeline = DiffusionPipeline.from_pretrained(script.teacher)
+    pipeline.set_progress_bar_config(disable=True)
+    if network == "teacher":
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+        return pipeline
+    pipeline.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+    if network == "LoRA":
+        pipeline.load_lora_weights(folder)
+    else:
+        subfolder = {"student": "unet", "EMA": "unet_target"}[network]
+        pipeline.unet = UNet2DConditionModel.from_pretrained(folder, subfolder=subfolder)
+    return pipeline
+
+
+def stock_picture(pipeline, prompt, steps, guidance_scale, width=16, height=16, seed=0, negative_prompt=None):
+    return pipeline(
+        prompt,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(seed),
+    ).images[0]
+
+
+def assert_close(a, b):
+    difference = np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int))
+    assert a.size == b.size and difference.max() <= 1
+
+
+GRID = [
+    "--validation_prompts", "a red three", "a blue two",
+    "--validation_num_inference_steps", "1", "3",
+    "--validation_teacher_steps", "2", "5",
+    "--validation_resolution=16x24,32",
+    "--num_validation_images=2",
+    "--validation_negative_prompt=blue",
+    "--seed=7",
+    "--validation_steps=2",
+]  # fmt: skip
+
+
+def test_pictures_are_those_of_the_stock_pipelines(script, logged, tmp_path):
+    """Every network, step count, prompt, size and seed, from the files that the run wrote; with a negative prompt."""
+    scale = 1.5 if script.is_lora else 9
+    script.main(tmp_path, *GRID, f"--validation_guidance_scale={scale}", "--learning_rate=1e-2")
+    teacher_scale = 7.5 if script.is_lora else 9
+    networks = ["LoRA"] if script.is_lora else ["student", "EMA"]
+    expected = {(name, steps, scale) for name in networks for steps in (1, 3)}
+    drawn = {("teacher", steps, teacher_scale) for steps in (2, 5)}
+    assert sorted(logged) == [0, 2, 4]
+    for step, columns in ((0, drawn), (4, expected)):
+        names = {f"validation/{n}, {s} step{'s' * (s > 1)}, guidance {g:g}": (n, s, g) for n, s, g in columns}
+        assert logged[step].keys() - {"validation"} == names.keys()
+        for name, (network, steps, guidance) in names.items():
+            pipeline = stock_pipeline(script, tmp_path, network)
+            assert len(logged[step][name]) == 8
+            cells = iter(logged[step][name])
+            for prompt in ("a red three", "a blue two"):
+                for size in ((16, 24), (32, 32)):
+                    for i in range(2):
+                        picture, caption = next(cells)
+                        assert caption == f"{prompt}, {size[0]} x {size[1]} ({i + 1})"
+                        more = {"negative_prompt": "blue", "seed": 7 + i}
+                        assert_close(picture, stock_picture(pipeline, prompt, steps, guidance, *size, **more))
+    assert logged[2].keys() == logged[4].keys()
+
+
+def test_the_grid_shows_them_all(script, logged, tmp_path, monkeypatch):
+    """The teacher, then the trained networks; what is the same for all columns stands in the corner."""
+    grids = []
+
+    def recording(*args, **kwargs):
+        grids.append((args, kwargs))
+        return picture_grid(*args, **kwargs)
+
+    monkeypatch.setattr(lcm_validation, "picture_grid", recording)
+    more = ["--validation_resolution=16x24,32", "--validation_prompts", "one", "two", "--max_train_steps=1"]
+    script.main(tmp_path, *more, "--validation_teacher_steps", "2")
+    (((rows, row_labels, column_labels), more),) = grids
+    assert row_labels == [f"{prompt}\n{size}" for prompt in ("one", "two") for size in ("16 x 24", "32 x 32")]
+    if script.is_lora:
+        assert column_labels == ["teacher\n2 steps\nguidance 7.5", "LoRA\n1 step\nguidance 1"]
+        assert more["corner"] == "step 1"
+    else:
+        assert column_labels == ["teacher\n2 steps", "student\n1 step", "EMA\n1 step"]
+        assert more["corner"] == "step 1\nguidance 7.5"
+    columns = [pictures for step in (0, 1) for name, pictures in logged[step].items() if name != "validation"]
+    columns = [[picture for picture, _ in pictures] for pictures in columns]
+    assert [list(row) for row in rows] == [list(row) for row in zip(*columns, strict=True)]
+    ((grid, caption),) = logged[1]["validation"]
+    assert caption is None
+    assert np.array_equal(grid, Image.open(tmp_path / "validation" / "step-000001.png"))
+
+
+def test_a_grid_of_pictures_of_two_shapes():
+    """Every picture is there whole, in columns of one width, in rows as high as needed; gaps where asked for."""
+    colours = [["red", "lime", "blue"], ["cyan", "magenta", "yellow"]]
+    sizes = [(10, 20), (30, 15)]
+    rows = [[Image.new("RGB", size, c) for c in row] for size, row in zip(sizes, colours, strict=True)]
+    pixels = np.asarray(picture_grid(rows, ["a", "b"], ["x", "y", "z"], cell_size=120, group_gap=[2]))
+    boxes = []
+    for row in colours:
+        for colour in row:
+            ys, xs = np.where((pixels == Image.new("RGB", (1, 1), colour).getpixel((0, 0))).all(axis=2))
+            assert len(ys) == (xs.max() - xs.min() + 1) * (ys.max() - ys.min() + 1)
+            boxes.append((xs.min(), ys.min(), xs.max() + 1 - xs.min(), ys.max() + 1 - ys.min()))
+    assert [box[2:] for box in boxes] == [(120, 240)] * 3 + [(120, 60)] * 3
+    assert [box[0] for box in boxes[:3]] == [box[0] for box in boxes[3:]]
+    assert boxes[0][1] == boxes[1][1] == boxes[2][1] and boxes[3][1] == boxes[0][1] + 240 + 5
+    gaps = [boxes[i + 1][0] - boxes[i][0] - 120 for i in (0, 1)]
+    assert gaps == [5, 20]
+
+
+def test_labels_fit_into_the_grid():
+    """Nothing is written outside, over a picture, or cut off: the margins stay white, and long labels make room."""
+    black = Image.new("RGB", (40, 30), "black")
+    long = "a very long prompt, " * 12
+    grid = picture_grid([[black, black], [black, black]], [long, "short"], ["one\ntwo", "three"], 96, corner="step 1")
+    pixels = np.asarray(grid)
+    for edge in (pixels[:4], pixels[-4:], pixels[:, :8], pixels[:, -4:]):
+        assert (edge == 255).all()
+    assert grid.height > picture_grid([[black, black]] * 2, ["a", "b"], ["one\ntwo", "three"], 96).height
+    assert (pixels == 0).all(axis=2).sum() >= 4 * 96 * 72
+
+
+def test_several_guidance_scales(teacher, shards, logged, tmp_path):
+    """A column each, for the teacher too; of a LoRA the teacher's is what was learned."""
+    for name, scales in (("sd", {6, 9}), ("lora_sd", {7.5})):
+        script = Script(name, teacher, shards, SCRIPTS[name])
+        more = ["--validation_guidance_scale", "6", "9", "--validation_teacher_steps", "1", "--max_train_steps=1"]
+        logged.clear()
+        script.main(tmp_path / name, *more)
+        assert set(logged[0]) == {f"validation/teacher, 1 step, guidance {scale:g}" for scale in scales}
+        drawn = {key.rpartition("guidance ")[2] for key in logged[1] if "guidance" in key}
+        assert drawn == {"6", "9"}
+
+
+def test_prompts_from_a_file(teacher, shards, logged, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa red three\r\n\r\n  ein grünes Pferd \n".encode())
+    script = Script("lora_sd", teacher, shards, SCRIPTS["lora_sd"])
+    more = ["--validation_prompts", "first", str(tmp_path / "prompts.txt"), "--max_train_steps=1"]
+    script.main(tmp_path / "out", *more)
+    captions = [caption for _, caption in logged[1]["validation/LoRA, 1 step, guidance 1"]]
+    assert captions == ["first", "a red three", "ein grünes Pferd"]
+
+
+@pytest.mark.parametrize(("content", "says"), [(b"\n \n", "holds no prompt"), (b"caf\xe9", "UTF-8")])
+def test_files_without_prompts_are_refused(teacher, shards, tmp_path, capsys, content, says):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    script = Script("sd", teacher, shards, SCRIPTS["sd"])
+    with pytest.raises(SystemExit) as exit_info:
+        script.main(tmp_path / "out", f"--validation_prompts={tmp_path / 'prompts.txt'}")
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2 and error.startswith("--validation_prompts: ") and says in error
+
+
+def test_default_columns_of_the_teacher(teacher, shards):
+    script = Script("sd", teacher, shards, SCRIPTS["sd"])
+    options = [option for option in script.options("out") if option != "--validation_teacher_steps"]
+    for more, steps in (([], [1, 25]), (["--validation_num_inference_steps", "2", "8"], [8, 25])):
+        assert script.module.parse_args([*options, *more]).validation_teacher_steps == steps
+    assert script.module.parse_args(script.options("out")).validation_teacher_steps == []
+    args = script.module.parse_args([*options, "--w_min=9"])
+    assert default_guidance_scale(args) == 10
+
+
+def test_a_teacher_that_cannot_be_drawn_costs_its_columns_only(teacher, shards, logged, tmp_path, monkeypatch, capfd):
+    """DDIM does not know more steps than the schedule has."""
+    draw = lcm_validation.Validation.draw
+
+    def out_of_memory(self, network, columns, **parts):
+        if "scheduler" in parts:
+            raise RuntimeError("CUDA out of memory")
+        return draw(self, network, columns, **parts)
+
+    monkeypatch.setattr(lcm_validation.Validation, "draw", out_of_memory)
+    script = Script("sd", teacher, shards, SCRIPTS["sd"])
+    script.main(tmp_path, "--validation_teacher_steps", "2", "--max_train_steps=1")
+    assert "No pictures of the teacher: CUDA out of memory" in capfd.readouterr().err
+    assert len(logged[1]) == 3
