@@ -138,13 +138,12 @@ class Export:
         if self.accelerator.is_main_process:
             output_dir = self.args.output_dir
             code = trained.usage_code(self.args.pretrained_teacher_model, output_dir, on_hub=False)
+            self.draw_curves()
+            pictures = {what: os.path.relpath(path, output_dir) for what, path in self.pictures(steps).items()}
             try:
                 with whole_entries(output_dir) as folder:
                     trained.export(folder)
-                    self.draw_curves(os.path.join(folder, CURVES_FILE))
-                    pictures = self.pictures(steps, curves=os.path.join(folder, CURVES_FILE))
-                    names = {"validation": f"validation/step-{steps:06d}.png", "curves": CURVES_FILE}
-                    card = model_card(self.args, trained, code, steps, {what: names[what] for what in pictures})
+                    card = model_card(self.args, trained, code, steps, pictures)
                     card.save(os.path.join(folder, "README.md"))
             except Exception as error:  # for a full disk safetensors raises an error of its own
                 raise UserError(
@@ -164,18 +163,19 @@ class Export:
         if self.args.push_to_hub and self.accelerator.is_main_process:
             self.push(steps)
 
-    def draw_curves(self, path):
+    def draw_curves(self):
         """Draw the metrics of the whole run. A failure is logged: a picture is not worth the run."""
         try:
-            draw_curves(MetricsFile(self.args.output_dir).read(), path)
+            rows = MetricsFile(self.args.output_dir).read()
+            draw_curves(rows, os.path.join(self.args.output_dir, CURVES_FILE))
         except Exception as error:
             logger.warning("No curves: %s", first_line(error))
 
-    def pictures(self, steps, curves):
-        """Those of the report that there are: {what: path}; `curves` is where the curves would be."""
+    def pictures(self, steps):
+        """Paths of those pictures of the report that there are: {"validation": path, "training": path}."""
         paths = {
             "validation": os.path.join(self.args.output_dir, "validation", f"step-{steps:06d}.png"),
-            "curves": curves,
+            "training": os.path.join(self.args.output_dir, CURVES_FILE),
         }
         return {what: path for what, path in paths.items() if os.path.isfile(path)}
 
@@ -197,13 +197,12 @@ class Export:
         """
         output_dir = self.args.output_dir
         code = self.trained.usage_code(teacher_name(self.args), self.repo_id, on_hub=True)
-        pictures = self.pictures(steps, curves=os.path.join(output_dir, CURVES_FILE))
-        names = {"validation": "validation.png", "curves": CURVES_FILE}
-        card = model_card(self.args, self.trained, code, steps, {what: names[what] for what in pictures})
+        pictures = self.pictures(steps)
+        card = model_card(self.args, self.trained, code, steps, {what: f"{what}.png" for what in pictures})
         files = {
             **self.trained.pushed_files(output_dir),
             "scheduler/scheduler_config.json": os.path.join(output_dir, "scheduler", "scheduler_config.json"),
-            **{names[what]: path for what, path in pictures.items()},
+            **{f"{what}.png": path for what, path in pictures.items()},
             "README.md": str(card).encode(),
         }
         try:

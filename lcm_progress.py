@@ -5,6 +5,7 @@ For them, for the check that the loss is a number, and for word of a signal, the
 step, and the host waits for the device once.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ import time
 
 import torch
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lcm_common import relative_distance
 from lcm_options import BEFORE_ERROR, UserError
@@ -140,6 +142,8 @@ class Progress:
             dynamic_ncols=True,
             smoothing=0.1,
         )
+        self.log_above_bar = contextlib.ExitStack()
+        self.log_above_bar.enter_context(logging_redirect_tqdm())
         self.file = MetricsFile(args.output_dir)
         if accelerator.is_main_process:
             self.file.go_on_from(first_step)
@@ -245,4 +249,5 @@ class Progress:
         """End the bar, and take signals as before; returns the seconds since it began."""
         self.signals.restore()
         self.bar.close()
+        self.log_above_bar.close()
         return time.perf_counter() - self.started

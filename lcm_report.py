@@ -68,7 +68,7 @@ def base_licence(args):
 def model_card(args, trained, code, steps, pictures):
     """The model card: what this is, how to sample from it (`code`), how it was trained.
 
-    `pictures` has the addresses of those that there are: `validation`, `curves`.
+    `pictures` has the addresses of those that there are: `validation`, `training`.
     """
     is_local = os.path.isdir(args.pretrained_teacher_model)
     data = ModelCardData(
@@ -93,7 +93,7 @@ def model_card(args, trained, code, steps, pictures):
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in options.items())
     validation = f"\n![Validation pictures]({pictures['validation']})\n" if "validation" in pictures else ""
-    curves = f"\n![Curves of the training]({pictures['curves']})\n" if "curves" in pictures else ""
+    curves = f"\n![Curves of the training]({pictures['training']})\n" if "training" in pictures else ""
     return ModelCard(f"""\
 ---
 {data.to_yaml()}

@@ -181,6 +181,8 @@ def run_all(args, folder, env):
         prefix = shlex.split(args.public_prefix) if is_public and args.public_prefix else [sys.executable]
         script = Path(args.public if is_public else ROOT).resolve() / SCRIPTS[kind]
         command = [*prefix, script, *(f"--{name}={value}" for name, value in options.items())]
+        if not is_public:
+            command.append("--validation_teacher_steps")  # the public scripts have no pictures of the teacher
         run = measure(command, env, args.steps)
         shutil.rmtree(folder / "output")
         if kind == "LoRA":

@@ -1092,7 +1092,6 @@ def test_every_script_distils_as_it_is_told(run):
         if not run.is_lora:
             expected = lcm_common.guidance_embedding(torch.tensor([2.5]), 16)
             torch.testing.assert_close(call.w_emb.float(), expected, rtol=0, atol=2e-3)
-    assert "(guidance scale 3.5)" in done.log
     # A LoRA is not told the weight, and the log says what it makes of that.
     assert ("a LoRA is not told the guidance weight" in done.log) == run.is_lora
 
@@ -1253,7 +1252,32 @@ def test_xformers_without_cuda_is_a_warning(run):
     assert same(done, run())
 
 
-# Pictures.
+# Pictures and metrics; test_validation.py and test_progress.py look closer.
+
+
+@covers(
+    "logging_steps", "validation_negative_prompt", "num_validation_images", "validation_resolution",
+    "validation_teacher_steps",
+    by=ALL,
+)  # fmt: skip
+def test_every_script_shows_what_it_is_told(run):
+    shown = ("--num_validation_images=2", "--validation_resolution=16x24", "--validation_guidance_scale=3")
+    more = ("--logging_steps=2", "--validation_negative_prompt=blue", "--validation_teacher_steps", "2", "1")
+    done = run(*shown, *more)
+    plain = run(*shown)
+    networks = 1 if run.is_lora else 2
+    assert len(done.drawn) == 2 * (2 + 1) + 2 * networks and len(plain.drawn) == 2 * networks
+    teacher, trained = done.drawn[:6], done.drawn[6:]
+    assert all(call.w_emb is None and not call.adapters and len(call.z) == 2 for call in teacher)
+    assert all(call.z.shape[-2] * 2 == call.z.shape[-1] * 3 for call in done.drawn)
+    assert not torch.equal(trained[0].z, trained[1].z)  # each picture of a prompt from noise of its own
+    assert torch.equal(trained[0].z, plain.drawn[0].z)
+    if run.is_lora:
+        hidden, without = (calls[0].cond["encoder_hidden_states"] for calls in (trained, plain.drawn))
+        assert torch.equal(hidden[1], without[1]) and not torch.equal(hidden[0], without[0])
+    files = [(one.folder / "metrics.jsonl").read_text() for one in (done, plain)]
+    assert [[json.loads(line)["step"] for line in file.splitlines()] for file in files] == [[2], [1, 2]]
+    assert same(done, plain)
 
 
 @covers("validation_steps")
