@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData, create
 import lcm_data
 import lcm_sharding
 from lcm_checkpoint import whole_entries
-from lcm_options import UserError, default_guidance_scale, first_line
+from lcm_options import UserError, default_guidance_scale, first_line, repository_name
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class Export:
     def __init__(self, accelerator, args, trained):
         self.accelerator, self.args, self.trained = accelerator, args, trained
         if args.push_to_hub and accelerator.is_main_process:
-            name = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
+            name = repository_name(args)
             try:
                 self.repo_id = create_repo(name, exist_ok=True, private=args.hub_private, token=args.hub_token).repo_id
             except Exception as error:

@@ -48,7 +48,10 @@ def start(args, can_shard=False):
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
     except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"accelerate cannot start: {first_line(error)}") from None
+        raise UserError(
+            f"accelerate cannot start: {first_line(error)}; see `accelerate config`, and ACCELERATE_... and the "
+            "launcher's variables in the environment"
+        ) from None
     kind = accelerator.distributed_type.value
     is_fsdp2 = kind == "FSDP" and accelerator.is_fsdp2
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA") and not (is_fsdp2 and can_shard):
@@ -57,8 +60,11 @@ def start(args, can_shard=False):
             f"accelerate config: {kind}{' version 1' * (kind == 'FSDP' and not is_fsdp2)} is not supported; allowed: "
             f"one process, or several with DistributedDataParallel; {more}"
         )
-    if accelerator.mixed_precision == "fp8":
-        raise UserError("--mixed_precision: `accelerate config` says fp8; allowed: no, fp16, bf16")
+    precision, passes = accelerator.mixed_precision, accelerator.gradient_accumulation_steps
+    if precision not in ("no", "fp16", "bf16"):
+        raise UserError(f"--mixed_precision: `accelerate config` says {precision}; allowed: no, fp16, bf16")
+    if passes < 1:
+        raise UserError(f"--gradient_accumulation_steps: `accelerate config` says {passes}; allowed: at least 1")
     is_main = accelerator.is_main_process
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",
@@ -102,12 +108,19 @@ def start(args, can_shard=False):
 
 
 def start_trackers(accelerator, args):
-    """Open the trackers and give them the options; lists and None become text, which all of them take."""
+    """Open the trackers and give them the options; lists and None become text, which all of them take.
+
+    Raises UserError if one cannot be opened: no account, a name that it does not allow, a folder that is a file.
+    """
     config = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in public_options(args).items()}
     logging_dir = os.path.join(args.output_dir, args.logging_dir)
-    if accelerator.is_main_process and accelerator.log_with:
-        os.makedirs(logging_dir, exist_ok=True)  # W&B falls back to a temporary folder if it is missing
-    accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs={"wandb": {"dir": logging_dir}})
+    try:
+        if accelerator.is_main_process and accelerator.log_with:
+            os.makedirs(logging_dir, exist_ok=True)  # W&B falls back to a temporary folder if it is missing
+        settings = {"wandb": {"dir": logging_dir}}
+        accelerator.init_trackers(args.tracker_project_name, config=config, init_kwargs=settings)
+    except Exception as error:  # each tracker has its own
+        raise UserError(f"--report_to: cannot open {args.report_to}: {first_line(error)}") from error
 
 
 def set_length(args, num_processes):
