@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 
-from accelerate.utils import gather_object
+from accelerate.utils import RNG_STATE_NAME, gather_object, load
 
 import lcm_data
 import lcm_sharding
@@ -84,6 +84,8 @@ def remove_leftovers(output_dir, names):
     ours = re.compile(rf"(checkpoint-\d+|{EXPORT}|{'|'.join(map(re.escape, names))})(\.old)?{re.escape(PARTIAL)}")
     for name in os.listdir(output_dir):
         match, path = ours.fullmatch(name), os.path.join(output_dir, name)
+        if not os.path.isdir(path):  # all that is ours are folders
+            continue
         if match and match[2] and not os.path.exists(os.path.join(output_dir, match[1])):
             os.rename(path, os.path.join(output_dir, match[1]))
         elif match:
@@ -129,7 +131,12 @@ def read_state(folder):
     try:
         with open(os.path.join(folder, STATE_FILE), encoding="utf-8") as file:
             state = json.load(file)
-        return {name: state[name] for name in ("step", "options", "data", "lr_scheduler")}
+        for name, kind in (("step", int), ("options", dict), ("data", list), ("lr_scheduler", dict)):
+            if type(state[name]) is not kind:
+                raise TypeError(f"{name} is {state[name]!r:.40}")
+        if state["step"] < 0 or type(state["options"]["seed"]) is not int:
+            raise ValueError(f"step {state['step']}, seed {state['options']['seed']!r:.40}")
+        return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"--resume_from_checkpoint: {folder!r} is not one of ours ({reason})") from None
@@ -152,8 +159,14 @@ def check_resume(args, num_processes):
             f"--resume_from_checkpoint: saved by {len(state['data'])} processes, but {num_processes} are running; "
             "allowed: the same number"
         )
-    stored = state["options"]
-    for name, given in public_options(args).items():
+    stored, options = state["options"], public_options(args)
+    odd = sorted((options.keys() ^ stored.keys()) - MAY_CHANGE_ON_RESUME)
+    if odd:
+        raise UserError(
+            f"--resume_from_checkpoint: {folder!r} was saved by another script, or another version of this one, which "
+            f"differs in --{odd[0]}; allowed: a checkpoint of this script"
+        )
+    for name, given in options.items():
         if name not in MAY_CHANGE_ON_RESUME and stored.get(name) != given:
             raise UserError(
                 f"--{name}: {given!r} given, but the checkpoint was trained with {stored.get(name)!r}; "
@@ -192,8 +205,13 @@ class Checkpoints:
         if lcm_sharding.is_sharded(self.student):
             lcm_sharding.load_state(self.accelerator, self.student, self.optimizer, folder)
         else:
+            # accelerate would go on without random states that it cannot read.
+            load(os.path.join(folder, f"{RNG_STATE_NAME}_{self.accelerator.process_index}.pkl"))["torch_manual_seed"]
             # On the CPU, else AdamW's step counts land on the GPU, and reading them makes every later step wait.
             self.accelerator.load_state(folder, map_location="cpu")
+            for parameter, moments in self.optimizer.state.items():
+                if moments.get("exp_avg", parameter).shape != parameter.shape:
+                    raise ValueError("the optimizer's state is that of other weights")
 
     def save(self, step):
         """Write `checkpoint-{step}`, then remove those beyond `--checkpoints_total_limit`.
@@ -243,12 +261,19 @@ class Checkpoints:
                 logger.info("No checkpoint in %s; starting a new run", self.args.output_dir)
             return 0
         state = read_state(folder)
+        if state["step"] > self.args.max_train_steps:
+            raise UserError(
+                f"--max_train_steps: {self.args.max_train_steps} given, but {folder!r} is of step {state['step']}; "
+                "allowed: at least that, or an earlier checkpoint"
+            )
         try:
             self.load_state(folder)
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            self.data.load_state_dict(state["data"][self.accelerator.process_index])
+        except UserError:
+            raise
         except Exception as error:  # a damaged file makes the libraries raise nearly anything
             raise UserError(f"--resume_from_checkpoint: cannot load {folder!r}: {first_line(error)}") from error
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self.data.load_state_dict(state["data"][self.accelerator.process_index])
         logger.info("Going on from %s", folder)
         for later in list_checkpoints(self.args.output_dir):
             if int(later.rpartition("-")[2]) > state["step"]:

@@ -296,7 +296,8 @@ class TrainingData:
         }
 
     def load_state_dict(self, state):
-        """Continue from `state`. Raises UserError if it was saved with another number of workers."""
+        """Continue from `state`. Raises UserError if it was saved with another number of workers, and any error if it
+        is not what `state_dict` gave."""
         if len(state["positions"]) != self.config.streams_per_process:
             raise UserError(
                 f"--dataloader_num_workers: the checkpoint was saved with {len(state['positions'])} data streams a "
@@ -307,6 +308,10 @@ class TrainingData:
         self.next_stream = state["next_stream"]
         self.num_used = state["num_used"]
         self.skipped = Counter(state["skipped"])
+        places = [number for position in self.positions for number in asdict(position).values()]
+        for number in (*places, *self.empty_passes, self.next_stream, self.num_used, *self.skipped.values()):
+            if type(number) is not int or number < 0:
+                raise ValueError(f"{number!r} is no place in the data")
 
     def totals(self):
         """(samples used, Counter of skips by reason) over all processes, which all must call this."""

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, create_commit, create_repo
 import lcm_data
 import lcm_sharding
 from lcm_checkpoint import whole_entries
-from lcm_options import UserError, default_guidance_scale, first_line
+from lcm_options import UserError, default_guidance_scale, first_line, repository_name
 from lcm_progress import METRICS_FILE, MetricsFile
 from lcm_report import draw_curves, model_card, teacher_name
 
@@ -124,7 +124,7 @@ class Export:
     def __init__(self, accelerator, args, trackers, trained):
         self.accelerator, self.args, self.trackers, self.trained = accelerator, args, trackers, trained
         if args.push_to_hub and accelerator.is_main_process:
-            name = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
+            name = repository_name(args)
             try:
                 self.repo_id = create_repo(name, exist_ok=True, private=args.hub_private, token=args.hub_token).repo_id
             except Exception as error:

@@ -88,15 +88,29 @@ def number(low, high=math.inf, below=math.inf, above=-math.inf):
     return parse
 
 
-def sizes(text):
+def sizes(value):
     """An argparse type: `1024x1024,1280x768` or `1024` as a list of (width, height) in pixels, multiples of 8."""
-    found = [re.fullmatch(r"(\d+)(?:x(\d+))?", part.strip()) for part in text.split(",")]
+    found = [re.fullmatch(r"(\d+)(?:x(\d+))?", part.strip()) for part in value.split(",")]
     pairs = [(int(match[1]), int(match[2] or match[1])) for match in found if match]
     if len(pairs) < len(found) or not all(side >= 8 and side % 8 == 0 for pair in pairs for side in pair):
         raise argparse.ArgumentTypeError(
-            f"{text!r} given; allowed: WIDTHxHEIGHT, or one number, in multiples of 8, joined by commas"
+            f"{value!r} given; allowed: WIDTHxHEIGHT, or one number, in multiples of 8, joined by commas"
         )
     return pairs
+
+
+def text(value):
+    """An argparse type: some text. An empty one is most often a variable of the shell that is not set."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError(f"{value!r} given; allowed: some text")
+    return value
+
+
+def names(value):
+    """An argparse type: names joined by commas."""
+    if not all(name.strip() for name in value.split(",")):
+        raise argparse.ArgumentTypeError(f"{value!r} given; allowed: names joined by commas, none of them empty")
+    return value
 
 
 def make_parser(description):
@@ -107,30 +121,30 @@ def make_parser(description):
 def add_model_options(parser):
     group = parser.add_argument_group("models")
     add = group.add_argument
-    add("--pretrained_teacher_model", required=True, metavar="ID_OR_FOLDER",
+    add("--pretrained_teacher_model", type=text, required=True, metavar="ID_OR_FOLDER",
         help="The model to distil: a Hub id or a local folder in the layout of diffusers.")
-    add("--pretrained_vae_model_name_or_path", metavar="ID_OR_FOLDER",
+    add("--pretrained_vae_model_name_or_path", type=text, metavar="ID_OR_FOLDER",
         help="A VAE to use instead of the teacher's own, at its default revision.")
-    add("--teacher_revision", metavar="REV",
+    add("--teacher_revision", type=text, metavar="REV",
         help="Revision (branch, tag or commit) of the teacher on the Hub, for all of its parts.")
-    add("--revision", metavar="REV",
+    add("--revision", type=text, metavar="REV",
         help="The same; used where --teacher_revision is not given.")
-    add("--cache_dir", metavar="FOLDER",
+    add("--cache_dir", type=text, metavar="FOLDER",
         help="Where downloaded models are kept, instead of the Hub client's own cache.")
 
 
 def add_output_options(parser):
     group = parser.add_argument_group("output, logging and resuming")
     add = group.add_argument
-    add("--output_dir", default="lcm-xl-distilled", metavar="FOLDER",
+    add("--output_dir", type=text, default="lcm-xl-distilled", metavar="FOLDER",
         help="Where networks, checkpoints, pictures and logs are written.")
     add("--seed", type=integer(0, 2**32 - 1),
         help="Decides data order, noise, timesteps and guidance. Drawn, logged and stored if not given.")
-    add("--logging_dir", default="logs", metavar="FOLDER",
+    add("--logging_dir", type=text, default="logs", metavar="FOLDER",
         help="Folder of the trackers' files, inside --output_dir.")
     add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "comet_ml", "all", "none"],
         help="Where losses and pictures are logged; `all` takes every tracker that is installed.")
-    add("--tracker_project_name", default="text2image-fine-tune", metavar="NAME",
+    add("--tracker_project_name", type=text, default="text2image-fine-tune", metavar="NAME",
         help="The project under which the trackers file this run.")
     add("--logging_steps", type=integer(1), default=10, metavar="STEPS",
         help="Log metrics every so many optimizer steps, as means over them, to the trackers and metrics.jsonl.")
@@ -160,11 +174,11 @@ def add_data_options(parser, resolution):
         help="Mirror half of the pictures.")
     add("--proportion_empty_prompts", type=number(0, 1), default=0, metavar="P",
         help="Share of captions that are replaced by an empty one.")
-    add("--caption_key", default="caption", metavar="KEY",
+    add("--caption_key", type=text, default="caption", metavar="KEY",
         help="Key of the caption in a sample's JSON, used where there is no .txt, .text or .caption.")
-    add("--width_key", metavar="KEY",
+    add("--width_key", type=text, metavar="KEY",
         help="Key of the picture's original width in the JSON. Measured on the picture if unset.")
-    add("--height_key", metavar="KEY",
+    add("--height_key", type=text, metavar="KEY",
         help="Key of the picture's original height in the JSON. Measured on the picture if unset.")
     add("--min_image_size", type=integer(0), default=0, metavar="PIXELS",
         help="Skip, and count, pictures whose shorter side is smaller.")
@@ -190,7 +204,7 @@ def add_training_options(parser):
         help="Length of the run where --max_train_steps is not given.")
     add("--max_train_samples", type=integer(1), metavar="SAMPLES",
         help="The length of an epoch. Not a subset: all shards are read. Needed unless --max_train_steps is given.")
-    add("--local_rank", type=int, default=-1, metavar="N",
+    add("--local_rank", type=integer(-1), default=-1, metavar="N",
         help="Set by some launchers; the environment's LOCAL_RANK wins.")
 
     group = parser.add_argument_group("optimizer and learning rate")
@@ -230,7 +244,7 @@ def add_distillation_options(parser, w_min, vae_encode_batch_size):
         help="Points of the teacher's DDIM grid. The student learns to jump along the grid, and to sample on it.")
     add("--loss_type", default="l2", choices=["l2", "huber"],
         help="Squared error, or sqrt(d^2 + c^2) - c, which outliers sway less.")
-    add("--huber_c", type=number(0, above=0), default=0.001, metavar="C",
+    add("--huber_c", type=number(0, high=1e6, above=0), default=0.001, metavar="C",
         help="The c of the Huber loss.")
     add("--timestep_scaling_factor", type=number(0, above=0), default=10.0, metavar="S",
         help="Scale of t in the boundary conditions; the saved scheduler carries it.")
@@ -259,7 +273,7 @@ def add_lora_options(group):
         help="The adapter's output is scaled by alpha / rank.")
     add("--lora_dropout", type=number(0, below=1), default=0.0, metavar="P",
         help="Dropout on the adapter's input, for the student alone: neither teacher nor target sees it.")
-    add("--lora_target_modules", metavar="NAMES",
+    add("--lora_target_modules", type=names, metavar="NAMES",
         help="Names, or ends of names, of the layers that are adapted, joined by commas. If unset: the linear and "
              "convolutional layers of all blocks.")
     add("--ema_decay", type=number(0, 1), metavar="DECAY",
@@ -297,7 +311,7 @@ def add_validation_options(parser, guidance_scale=None):
         help="Draw pictures every so many optimizer steps, and at the end.")
     add("--validation_prompts", nargs="+", default=VALIDATION_PROMPTS, metavar="PROMPT",
         help="What to draw, one row each. The name of a text file stands for its lines.")
-    add("--validation_negative_prompt", metavar="PROMPT",
+    add("--validation_negative_prompt", type=text, metavar="PROMPT",
         help="What not to draw. Has an effect on the teacher, and on a LoRA at a guidance scale above 1.")
     add("--num_validation_images", type=integer(1), default=1, metavar="N",
         help="Rows for each prompt, each from noise of its own; all columns start from the same.")
@@ -319,9 +333,9 @@ def add_hub_options(parser):
     add = group.add_argument
     add("--push_to_hub", action="store_true",
         help="Upload what was trained, with a model card, at the end.")
-    add("--hub_model_id", metavar="NAME",
+    add("--hub_model_id", type=text, metavar="NAME",
         help="Repository to push to; the name of --output_dir if unset.")
-    add("--hub_token", metavar="TOKEN",
+    add("--hub_token", type=text, metavar="TOKEN",
         help="Access token. Better: `hf auth login`, or HF_TOKEN in the environment. Never logged or stored.")
     add("--hub_private", action=argparse.BooleanOptionalAction, default=True,
         help="Whether a repository that is made here is private.")
@@ -352,11 +366,16 @@ def parse(parser, argv=None):
          f"{args.report_to} given, but the package {args.report_to} is not installed")
     need(not (args.report_to in ("wandb", "comet_ml", "all") and args.hub_token), "--hub_token",
          "the tracker would record it with the command line; use `hf auth login` or HF_TOKEN instead")
-    existing = os.path.abspath(args.output_dir)
-    while not os.path.lexists(existing):
-        existing = os.path.dirname(existing)
-    need(os.path.isdir(existing), "--output_dir",
-         f"{args.output_dir!r} given, but {existing!r} is a file; allowed: a folder, or a path where one can be made")
+    name = repository_name(args)
+    need(not args.push_to_hub or is_repository_name(name), "--hub_model_id",
+         f"{name!r} is no name on the Hub; allowed: NAME or USER/NAME, of letters, digits, -, _ and .")
+    for option, folder in (("output_dir", args.output_dir), ("cache_dir", args.cache_dir),
+                           ("logging_dir", os.path.join(args.output_dir, args.logging_dir))):
+        existing, given = existing_parent(folder or "."), getattr(args, option)
+        need(os.path.isdir(existing), f"--{option}",
+             f"{given!r} given, but {existing!r} is a file; allowed: a folder, or a path where one can be made")
+        need(option == "cache_dir" or os.access(existing, os.W_OK | os.X_OK), f"--{option}",
+             f"{given!r} given, but {existing!r} cannot be written to; allowed: a folder that can")
     resume = args.resume_from_checkpoint
     need(resume in (None, "latest") or find_checkpoint(args.output_dir, resume), "--resume_from_checkpoint",
          f"{resume!r} is neither a folder in {args.output_dir!r} nor a path; allowed: latest, or a folder")
@@ -381,9 +400,28 @@ def read_prompts(value, need):
     return prompts
 
 
+def existing_parent(path):
+    """What there is at `path`, or else the nearest of the folders above it."""
+    path = os.path.abspath(path)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
+
+
 def find_checkpoint(output_dir, name):
     """The folder that a checkpoint's name or path stands for, None if there is none."""
     return next((path for path in (os.path.join(output_dir, name), name) if name and os.path.isdir(path)), None)
+
+
+def repository_name(args):
+    """The repository to push to."""
+    return args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
+
+
+def is_repository_name(name):
+    """Whether the Hub can have a repository of that name, with or without its owner's."""
+    fits = re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?", name, re.ASCII)
+    return bool(fits) and not re.search(r"--|\.\.|\.git$", name)
 
 
 def first_line(error):

@@ -37,6 +37,7 @@ def load_part(loader, args, subfolder, path=None, **kwargs):
     where = f"{source!r}" + (f", part {subfolder!r}" if subfolder else "")
     if path is None:
         kwargs["revision"] = args.teacher_revision or args.revision
+        where += f" at revision {kwargs['revision']!r}" * (kwargs["revision"] is not None)
     has_weights = issubclass(loader, torch.nn.Module)
     if has_weights:
         kwargs["output_loading_info"] = True
@@ -54,23 +55,27 @@ def load_part(loader, args, subfolder, path=None, **kwargs):
 
 def load_config(loader, args, subfolder=None):
     """The configuration file of one part of the teacher, or its `model_index.json`, as a dict."""
+    where = f"{args.pretrained_teacher_model!r}, part {subfolder or 'model_index.json'!r}"
     try:
-        return loader.load_config(
+        config = loader.load_config(
             args.pretrained_teacher_model,
             subfolder=subfolder,
             cache_dir=args.cache_dir,
             revision=args.teacher_revision or args.revision,
         )
     except Exception as error:
-        where = f"{args.pretrained_teacher_model!r}, part {subfolder or 'model_index.json'!r}"
         raise UserError(f"{OPTION}: cannot load {where}: {first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{OPTION}: cannot load {where}: its JSON is no object, but {type(config).__name__}")
+    return config
 
 
 def load_noise_schedule(args):
     """The teacher's scheduler as a DDPMScheduler, for its `alphas_cumprod` (T,) and its prediction type.
 
-    Raises UserError for a scheduler without betas (flow matching), for an unknown prediction type, and for epsilon
-    prediction with zero terminal SNR, where the network's output at the last timestep says nothing about x_0.
+    Raises UserError for a scheduler without betas (flow matching) or with senseless ones, for an unknown prediction
+    type, for fewer timesteps than `--num_ddim_timesteps`, and for epsilon prediction with zero terminal SNR, where the
+    network's output at the last timestep says nothing about x_0.
     """
     schedule = load_part(diffusers.DDPMScheduler, args, "scheduler")
     raw = load_config(diffusers.DDPMScheduler, args, "scheduler")  # what the file says, before defaults fill it up
@@ -81,26 +86,37 @@ def load_noise_schedule(args):
         raise UserError(
             f"{OPTION}: its prediction type is {prediction_type!r}; allowed: epsilon, v_prediction, sample"
         )
-    if prediction_type == "epsilon" and schedule.alphas_cumprod[-1] < 1e-6:
+    alphas = schedule.alphas_cumprod
+    if len(alphas) < args.num_ddim_timesteps:
+        raise UserError(
+            f"--num_ddim_timesteps: {args.num_ddim_timesteps} given; allowed: at most the schedule's "
+            f"{len(alphas)} timesteps"
+        )
+    if not (alphas.diff() < 0).all():  # nor if they are NaN
+        raise UserError(f"{OPTION}: its scheduler's betas are none: the signal has to fall at each timestep")
+    if prediction_type == "epsilon" and alphas[-1] < 1e-6:
         raise UserError(
             f"{OPTION}: its schedule ends at zero signal (zero terminal SNR), where epsilon prediction determines no "
             "x_0; allowed with it: v_prediction, sample"
-        )
-    if schedule.config.num_train_timesteps < args.num_ddim_timesteps:
-        raise UserError(
-            f"--num_ddim_timesteps: {args.num_ddim_timesteps} given; allowed: at most the schedule's "
-            f"{schedule.config.num_train_timesteps} timesteps"
         )
     return schedule
 
 
 def load_vae(args, accelerator, dtype):
-    """The VAE, frozen: the teacher's, or the one given in its place. Raises UserError if its latents do not fit."""
+    """The VAE, frozen: the teacher's, or the one given in its place.
+
+    Raises UserError if its latents do not fit, or if it is not for pictures in RGB.
+    """
     path = args.pretrained_vae_model_name_or_path
     vae = load_part(diffusers.AutoencoderKL, args, None if path else "vae", path, dtype=dtype)
     expected, found = unet_config(args)["out_channels"], vae.config.latent_channels
+    option = "--pretrained_vae_model_name_or_path" if path else OPTION
+    if (vae.config.in_channels, vae.config.out_channels) != (3, 3):
+        raise UserError(
+            f"{option}: the VAE takes {vae.config.in_channels} channels and gives {vae.config.out_channels}; "
+            "allowed: 3 and 3, as pictures have"
+        )
     if expected != found:
-        option = "--pretrained_vae_model_name_or_path" if path else OPTION
         raise UserError(f"{option}: the VAE has latents of {found} channels; allowed: {expected}, as the U-Net has")
     return vae.requires_grad_(False).eval().to(accelerator.device)
 
@@ -161,6 +177,21 @@ def load_tokenizer(args, subfolder):
     return tokenizer
 
 
+def load_text_encoder(loader, args, accelerator, subfolder, tokenizer):
+    """A frozen text encoder. Raises UserError if it cannot take what its tokenizer gives."""
+    encoder = load_part(loader, args, subfolder, dtype=weight_dtype(accelerator))
+    for what, given, most in (
+        ("model_max_length", tokenizer.model_max_length, encoder.config.max_position_embeddings),
+        ("vocabulary", len(tokenizer), encoder.config.vocab_size),
+    ):
+        if not 2 < given <= most:  # a caption is a token at least, between a beginning and an end
+            raise UserError(
+                f"{OPTION}: part {subfolder!r} of {args.pretrained_teacher_model!r} and its tokenizer do not fit: the "
+                f"tokenizer's {what} is {given}; allowed: 3 to {most}"
+            )
+    return encoder.requires_grad_(False).eval().to(accelerator.device)
+
+
 def tokenize(tokenizer, captions, device):
     """Token ids (B, tokens), padded or cut to the tokenizer's `model_max_length` as diffusers' pipelines do."""
     return tokenizer(
@@ -182,8 +213,8 @@ class PromptEncoder:
 
     def __init__(self, args, accelerator):
         self.tokenizer = load_tokenizer(args, "tokenizer")
-        text_encoder = load_part(transformers.CLIPTextModel, args, "text_encoder", dtype=weight_dtype(accelerator))
-        self.text_encoder = text_encoder.requires_grad_(False).eval().to(accelerator.device)
+        loader = transformers.CLIPTextModel
+        self.text_encoder = load_text_encoder(loader, args, accelerator, "text_encoder", self.tokenizer)
         self.components = {
             "tokenizer": self.tokenizer,
             "text_encoder": self.text_encoder,
@@ -225,7 +256,7 @@ class SDXLPromptEncoder:
 
     def __init__(self, args, accelerator):
         index = load_config(diffusers.DiffusionPipeline, args)
-        has_first_encoder = (index.get("text_encoder") or [None, None])[1] is not None
+        has_first_encoder = index.get("text_encoder") not in (None, [None, None])
         if index.get("requires_aesthetics_score") or not has_first_encoder:
             raise UserError(
                 f"{OPTION}: {args.pretrained_teacher_model!r} is laid out as SDXL's refiner, which goes on from "
@@ -239,13 +270,10 @@ class SDXLPromptEncoder:
         self.resolution, self.use_fix_crop_and_size = args.resolution, args.use_fix_crop_and_size
         self.tokenizers = [load_tokenizer(args, "tokenizer"), load_tokenizer(args, "tokenizer_2")]
         self.text_encoders = [
-            load_part(loader, args, subfolder, dtype=weight_dtype(accelerator))
-            .requires_grad_(False)
-            .eval()
-            .to(accelerator.device)
-            for loader, subfolder in (
-                (transformers.CLIPTextModel, "text_encoder"),
-                (transformers.CLIPTextModelWithProjection, "text_encoder_2"),
+            load_text_encoder(loader, args, accelerator, subfolder, tokenizer)
+            for loader, subfolder, tokenizer in (
+                (transformers.CLIPTextModel, "text_encoder", self.tokenizers[0]),
+                (transformers.CLIPTextModelWithProjection, "text_encoder_2", self.tokenizers[1]),
             )
         ]
         self.components = {

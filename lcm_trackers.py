@@ -4,6 +4,7 @@ A tracker that fails, for want of a network or of a key, is named in the log and
 costs a run.
 """
 
+import contextlib
 import logging
 import os
 
@@ -40,7 +41,8 @@ class Trackers:
     def start(self, step):
         """Open them at an optimizer step, which is not 0 where a run goes on, and give them the options."""
         if self.kinds:
-            os.makedirs(self.logging_dir, exist_ok=True)  # W&B falls back to a temporary folder if it is missing
+            with contextlib.suppress(OSError):  # W&B falls back to a temporary folder if it is missing
+                os.makedirs(self.logging_dir, exist_ok=True)
         more = {
             "tensorboard": {"purge_step": step + 1} if step else {},  # what came later is trained again
             "wandb": {"dir": self.logging_dir},

@@ -42,7 +42,10 @@ def start(args, can_shard=False):
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
     except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"accelerate cannot start: {first_line(error)}") from None
+        raise UserError(
+            f"accelerate cannot start: {first_line(error)}; see `accelerate config`, and ACCELERATE_... and the "
+            "launcher's variables in the environment"
+        ) from None
     kind = accelerator.distributed_type.value
     is_fsdp2 = kind == "FSDP" and accelerator.is_fsdp2
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA") and not (is_fsdp2 and can_shard):
@@ -51,8 +54,11 @@ def start(args, can_shard=False):
             f"accelerate config: {kind}{' version 1' * (kind == 'FSDP' and not is_fsdp2)} is not supported; allowed: "
             f"one process, or several with DistributedDataParallel; {more}"
         )
-    if accelerator.mixed_precision == "fp8":
-        raise UserError("--mixed_precision: `accelerate config` says fp8; allowed: no, fp16, bf16")
+    precision, passes = accelerator.mixed_precision, accelerator.gradient_accumulation_steps
+    if precision not in ("no", "fp16", "bf16"):
+        raise UserError(f"--mixed_precision: `accelerate config` says {precision}; allowed: no, fp16, bf16")
+    if passes < 1:
+        raise UserError(f"--gradient_accumulation_steps: `accelerate config` says {passes}; allowed: at least 1")
     is_main = accelerator.is_main_process
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",

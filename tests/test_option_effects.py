@@ -39,7 +39,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from hub_server import HubServer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import lcm_common
 import lcm_data
@@ -534,12 +534,6 @@ def test_wandb(run, tmp_path, monkeypatch, report_to):
     assert (report_to == "all") == bool(list((done.folder / "logs" / "mine").glob("events*")))
 
 
-def test_a_tracker_without_its_package_is_refused_before_models_are_loaded(run):
-    if importlib.util.find_spec("comet_ml"):
-        pytest.skip("comet_ml is installed")
-    assert run("--report_to=comet_ml").status == 2
-
-
 @covers("checkpointing_steps", "checkpoints_total_limit")
 def test_checkpoints(run):
     def checkpoints(*more):
@@ -586,15 +580,6 @@ def test_going_on_is_exact(run, tmp_path):
     straight = run(*WATCHED)
     resumed = run(*WATCHED, f"--resume_from_checkpoint={straight.folder / 'checkpoint-1'}", folder=tmp_path)
     assert resumed.steps == straight.steps[1:] and same(straight, resumed)
-
-
-@covers("resume_from_checkpoint")
-def test_folders_that_are_no_checkpoints(run, tmp_path):
-    (tmp_path / "empty").mkdir()
-    assert run(f"--resume_from_checkpoint={tmp_path / 'empty'}").error().startswith("--resume_from_checkpoint: ")
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "training_state.json").write_text('{"step": 2}')
-    assert run(f"--resume_from_checkpoint={tmp_path / 'odd'}").error().startswith("--resume_from_checkpoint: ")
 
 
 @covers("seed", by=ALL)
@@ -1337,14 +1322,6 @@ def test_default_guidance_of_the_pictures(run):
     assert [len(call.z) for call in run().drawn] == ([1] if run.is_lora else [1, 1])
 
 
-@covers("validation_num_inference_steps", "num_ddim_timesteps")
-def test_more_picture_steps_than_grid_points_are_refused_before_training(run):
-    """The scheduler raises for them, which would cost the user the run at its first pictures."""
-    done = run("--num_ddim_timesteps=2", "--validation_num_inference_steps=4")
-    assert done.status in (1, 2) and not done.batches
-    assert done.log.startswith("--validation_num_inference_steps: ")
-
-
 @covers("resume_from_checkpoint", "validation_steps")
 def test_killed_after_the_last_step_and_resumed_still_has_its_picture(run, tmp_path):
     straight = run("--max_train_steps=4", "--checkpointing_steps=2")
@@ -1355,7 +1332,7 @@ def test_killed_after_the_last_step_and_resumed_still_has_its_picture(run, tmp_p
         assert (tmp_path / picture).is_file()
 
 
-# Teachers and shards that cannot be used, and two kinds that can.
+# Teachers of other kinds; those that cannot be used are in `test_errors.py`.
 
 
 def edited(teacher, folder, name, **changes):
@@ -1370,88 +1347,12 @@ def edited(teacher, folder, name, **changes):
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
-@pytest.mark.parametrize(
-    ("changes", "start", "says"),
-    [
-        ({"rescale_betas_zero_snr": True}, "--pretrained_teacher_model: ", "zero terminal SNR"),
-        (
-            {"prediction_type": "flow"},
-            "--pretrained_teacher_model: ",
-            "'flow'; allowed: epsilon, v_prediction, sample",
-        ),
-        ({"num_train_timesteps": 20}, "--num_ddim_timesteps: ", "50 given; allowed: at most the schedule's 20"),
-        ({"beta_schedule": "nosuch"}, "--pretrained_teacher_model: ", "nosuch"),
-    ],
-)
-def test_schedules_that_are_refused(run, tmp_path, changes, start, says):
-    error = run(teacher=edited(run.teacher, tmp_path / "teacher", SCHEDULER, **changes)).error()
-    assert error.startswith(start) and says in error
-
-
-def test_flow_matching_is_refused(run, teacher, tmp_path):
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    folder = shutil.copytree(teacher, tmp_path / "teacher")
-    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
-    error = run(teacher=folder).error()
-    assert error.startswith("--pretrained_teacher_model: ") and "FlowMatchEulerDiscreteScheduler" in error
-
-
-def test_a_distilled_teacher_is_refused(run, teacher, tmp_path):
-    folder = shutil.copytree(teacher, tmp_path / "teacher")
-    shutil.rmtree(folder / "unet")
-    shutil.copytree(run().folder / "unet", folder / "unet")
-    error = run(teacher=folder).error()
-    assert error.startswith("--pretrained_teacher_model: ") and "guidance embedding" in error
-
-
-PARTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-    "tokenizer": "tokenizer.json",
-    "scheduler": "scheduler_config.json",
-}
-
-
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("damage", ["no folder", "no file", "half a file", "an entry is missing"])
-def test_broken_teachers_are_refused(run, teacher, tmp_path, part, damage):
-    """None of them may train: a part that is made up at random looks like a run."""
-    folder = shutil.copytree(teacher, tmp_path / "teacher")
-    file = folder / part / PARTS[part]
-    if damage == "no folder":
-        shutil.rmtree(folder / part)
-    elif damage == "no file":
-        file.unlink()
-    elif damage == "half a file":
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    elif file.suffix == ".safetensors":
-        tensors = load_file(file)
-        del tensors[min(tensors)]
-        save_file(tensors, file, {"format": "pt"})
-    else:
-        pytest.skip("only weights have entries that must be there")
-    error = run(teacher=folder).error()
-    assert error.startswith("--pretrained_teacher_model: ") and f"part '{part}'" in error
-
-
-@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
-def test_a_tokenizer_without_its_vocabulary_is_refused(run, teacher, tmp_path, name):
-    """The files of the published models."""
+def test_the_tokenizer_of_the_published_models(run, teacher, tmp_path):
+    """In the files that those have."""
     folder = shutil.copytree(teacher, tmp_path / "teacher")
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(DEMO_TEACHER / "tokenizer", folder / "tokenizer")
     assert same(run(), run(teacher=folder))
-    (folder / "tokenizer" / name).unlink()
-    error = run("--seed=1", teacher=folder).error()
-    assert error.startswith("--pretrained_teacher_model: ") and "tokenizer" in error
-
-
-@pytest.mark.parametrize("pattern", ["{folder}/nosuch-{{0..3}}.tar", "{folder}/*.tar", "{folder}/{{0..", ""])
-def test_shards_that_match_nothing(run, tmp_path, pattern):
-    error = run(shards=pattern.format(folder=tmp_path)).error()
-    assert error.startswith("--train_shards_path_or_url: ")
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])

@@ -1,21 +1,20 @@
-"""What only LoRA or only SDXL have among the options, and the teachers that each script refuses.
+"""What only LoRA or only SDXL have among the options.
 
 Seen in the watched runs of `test_option_effects.py`. The last test asks that no option of any script is left out.
 """
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
 import test_option_effects as effects
 import torch
-from conftest import encode_image, make_sdxl_teacher, make_teacher, make_vae, write_tar
+from conftest import encode_image, make_sdxl_teacher, write_tar
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_option_effects import (
     ALL,
     COVERED,
@@ -25,8 +24,6 @@ from test_option_effects import (
     SCRIPTS,
     WATCHED,
     covers,
-    edited,
-    runs_of,
     same,
 )
 
@@ -218,7 +215,6 @@ def test_target_modules_that_do_not_exist(run):
         ("to_q,nosuch", "nosuch"),
         ("o_q", "o_q"),
         ("down_blocks.0", "down_blocks.0"),
-        ("to_q,", ""),
     ):
         refused = run(f"--lora_target_modules={given}")
         error = refused.error()
@@ -226,18 +222,6 @@ def test_target_modules_that_do_not_exist(run):
     names = error.rpartition(", as ")[2].split(", ")
     assert {"to_q", "to_out.0", "conv_in", "linear_1"} <= set(names)
     assert adapted(run(f"--lora_target_modules={','.join(names)}")) == layers(run)
-
-
-@runs_of("lora_sdxl")
-@pytest.mark.parametrize(
-    "option",
-    ["lora_rank=2", "lora_alpha=9", "lora_dropout=0.1", "lora_target_modules=to_q", "ema_decay=0.9",
-     "use_fix_crop_and_size"],
-)  # fmt: skip
-def test_going_on_with_another_lora_is_refused(run, option):
-    checkpoint = run(*WATCHED).folder / "checkpoint-1"
-    error = run(*WATCHED, f"--resume_from_checkpoint={checkpoint}", f"--{option}").error()
-    assert error.startswith(f"--{option.split('=')[0]}: ") and "the checkpoint was trained with" in error
 
 
 # SDXL: sizes and crops. A row of `time_ids` is original height and width, crop top and left, target height and width.
@@ -362,143 +346,6 @@ def test_a_vae_that_is_given_runs_in_the_mixed_precision(run):
     assert dtypes(run("--mixed_precision=bf16", given)) == ({torch.bfloat16}, {torch.bfloat16})
     assert dtypes(run(given)) == ({torch.float32}, {torch.float32})
     assert same(run(given), run())
-
-
-# Teachers that a script cannot use.
-
-
-TEACHER = "--pretrained_teacher_model: "
-
-
-def refusal(run, folder):
-    """The one line with which a teacher is refused, before any picture is read."""
-    refused = run(teacher=folder)
-    assert not refused.batches
-    return refused.error()
-
-
-@runs_of(*SDXL)
-@pytest.mark.parametrize(
-    "changes",
-    [{"requires_aesthetics_score": True}, {"text_encoder": [None, None]}, {"text_encoder": [None, None],
-     "tokenizer": [None, None], "requires_aesthetics_score": True}],
-)  # fmt: skip
-def test_a_refiner_is_refused(run, tmp_path, changes):
-    error = refusal(run, edited(run.teacher, tmp_path / "teacher", "model_index.json", **changes))
-    assert error.startswith(TEACHER) and "refiner" in error
-
-
-@runs_of(*ALL)
-def test_the_other_layout_is_refused(run, teacher, sdxl_teacher):
-    other = teacher if run.is_sdxl else sdxl_teacher
-    error = refusal(run, other)
-    assert error.startswith(TEACHER)
-    assert ("layout of SDXL" if run.is_sdxl else "Stable Diffusion 1.x or 2.x") in error
-
-
-@runs_of(*ALL)
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"in_channels": 9}, "takes 9 channels and predicts 4"),
-        ({"time_cond_proj_dim": 16}, "a guidance embedding"),
-        ({"cross_attention_dim": 768}, "cross_attention_dim = 768"),
-        ({"addition_embed_type": "text"}, "addition_embed_type = text"),
-    ],
-)
-def test_unets_that_are_refused(run, tmp_path, changes, says):
-    """For inpainting, distilled already, for other text encoders, with other inputs."""
-    error = refusal(run, edited(run.teacher, tmp_path / "teacher", "unet/config.json", **changes))
-    assert error.startswith(TEACHER) and says in error
-
-
-@runs_of(*SDXL)
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"projection_class_embeddings_input_dim": 61}, "projection_class_embeddings_input_dim = 61"),
-        ({"addition_time_embed_dim": 9}, "projection_class_embeddings_input_dim = 60"),
-    ],
-)
-def test_micro_conditioning_that_does_not_fit_is_refused(run, tmp_path, changes, says):
-    error = refusal(run, edited(run.teacher, tmp_path / "teacher", "unet/config.json", **changes))
-    assert error.startswith(TEACHER) and says in error
-
-
-OTHER_INPUTS = [
-    {"class_embed_type": "timestep"},
-    {"num_class_embeds": 7},
-    {"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 16},
-]
-
-
-@runs_of(*ALL)
-@pytest.mark.parametrize("unet_config", OTHER_INPUTS)
-def test_unets_with_other_inputs_are_refused(run, tmp_path, unet_config):
-    make = make_sdxl_teacher if run.is_sdxl else make_teacher
-    error = refusal(run, make(tmp_path / "teacher", unet_config=unet_config))
-    assert error.startswith(TEACHER) and f"{next(iter(unet_config))} = " in error
-
-
-@runs_of(*SDXL)
-def test_an_index_without_the_first_text_encoder_is_refused(run, tmp_path):
-    folder = shutil.copytree(run.teacher, tmp_path / "teacher")
-    index = json.loads((folder / "model_index.json").read_text()) | {"text_encoder": None}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    assert refusal(run, folder).startswith(TEACHER)
-
-
-@runs_of("sd", "lora_sdxl")
-def test_a_vae_with_other_latents_is_refused(run, tmp_path):
-    make_vae(latent_channels=16).save_pretrained(tmp_path)
-    error = run(f"--pretrained_vae_model_name_or_path={tmp_path}").error()
-    assert error.startswith("--pretrained_vae_model_name_or_path: ") and "16" in error
-
-
-@runs_of(*LORA)
-def test_an_ending_that_blocks_share_is_refused(run):
-    """`0` is the ending of `to_out.0`, a linear layer, and of `down_blocks.0`."""
-    assert run("--lora_target_modules=0").error().startswith("--lora_target_modules: '0' ")
-
-
-# Parts that cannot be read.
-
-
-PARTS = {"text_encoder_2": "model.safetensors", "tokenizer_2": "tokenizer.json", "": "model_index.json"}
-
-
-@runs_of("lora_sdxl")
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("damage", ["no file", "half a file", "an entry is missing"])
-def test_broken_teachers_are_refused(run, tmp_path, part, damage):
-    """The parts that only SDXL has; the others are broken in `test_option_effects.py`."""
-    folder = shutil.copytree(run.teacher, tmp_path / "teacher")
-    file = folder / part / PARTS[part]
-    if damage == "no file":
-        file.unlink()
-    elif damage == "half a file":
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    elif file.suffix == ".safetensors":
-        tensors = load_file(file)
-        del tensors[min(tensors)]
-        save_file(tensors, file, {"format": "pt"})
-    elif part:
-        pytest.skip("only weights and the index have entries that must be there")
-    else:
-        index = json.loads(file.read_text())
-        del index["text_encoder_2"]
-        file.write_text(json.dumps(index))
-    error = refusal(run, folder)
-    says = "layout of SDXL" if not part and damage == "an entry is missing" else f"part {part or 'model_index.json'!r}"
-    assert error.startswith(TEACHER) and says in error
-
-
-@runs_of(*ALL)
-def test_a_vae_that_is_none_is_refused(run, tmp_path):
-    for path in (tmp_path / "nosuch", run.teacher / "unet"):
-        refused = run(f"--pretrained_vae_model_name_or_path={path}")
-        assert refused.error().startswith(f"--pretrained_vae_model_name_or_path: cannot load {str(path)!r}: ")
-        assert not refused.batches
 
 
 # And nothing was forgotten.

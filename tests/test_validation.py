@@ -176,16 +176,6 @@ def test_prompts_from_a_file(teacher, shards, logged, tmp_path):
     assert captions == ["first", "a red three", "ein grünes Pferd"]
 
 
-@pytest.mark.parametrize(("content", "says"), [(b"\n \n", "holds no prompt"), (b"caf\xe9", "UTF-8")])
-def test_files_without_prompts_are_refused(teacher, shards, tmp_path, capsys, content, says):
-    (tmp_path / "prompts.txt").write_bytes(content)
-    script = Script("sd", teacher, shards, SCRIPTS["sd"])
-    with pytest.raises(SystemExit) as exit_info:
-        script.main(tmp_path / "out", f"--validation_prompts={tmp_path / 'prompts.txt'}")
-    error = capsys.readouterr().err
-    assert exit_info.value.code == 2 and error.startswith("--validation_prompts: ") and says in error
-
-
 def test_default_columns_of_the_teacher(teacher, shards):
     script = Script("sd", teacher, shards, SCRIPTS["sd"])
     options = [option for option in script.options("out") if option != "--validation_teacher_steps"]
