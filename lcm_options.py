@@ -52,6 +52,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def _get_help_string(self, action):
         if action.default is None or action.default is False or action.required:
             return action.help
+        if isinstance(action.default, list):
+            quoted = (f'"{value}"' if isinstance(value, str) else f"{value:g}" for value in action.default)
+            return f"{action.help} (default: {' '.join(quoted)})"
         return super()._get_help_string(action)
 
 
