@@ -20,6 +20,17 @@ VALIDATION_PROMPTS = [
     "a small red fox asleep in fresh snow, soft light, detailed fur",
 ]
 
+# Samplers: the class in diffusers, and what it is given on top of the configuration of the teacher's own scheduler.
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {"timestep_spacing": "leading"}),
+    "ddim-trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading"}),
+    "dpm++-trailing": ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}),
+    "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "euler-trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "unipc-trailing": ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}),
+    "lcm": ("LCMScheduler", {}),
+}
 
 BEFORE_ERROR = []  # callables that `run` calls before it prints an error; the progress bar puts its `close` here
 
