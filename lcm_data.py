@@ -107,8 +107,8 @@ def is_local(shard):
     return not shard.startswith("pipe:") and "://" not in shard
 
 
-def expand_shards(patterns):
-    """List every shard that the option's values name: brace ranges, `::`-joined lists, local wildcards.
+def expand_shards(patterns, option="--train_shards_path_or_url"):
+    """List every shard that the values of `option` name: brace ranges, `::`-joined lists, local wildcards.
 
     Raises UserError if a pattern is malformed or if no shard is left; missing local files are logged and left out.
     """
@@ -117,7 +117,7 @@ def expand_shards(patterns):
         try:
             expanded = list(braceexpand.braceexpand(os.path.expanduser(pattern)))
         except ValueError as error:
-            raise UserError(f"--train_shards_path_or_url: {redact(pattern)!r}: {error}") from None
+            raise UserError(f"{option}: {redact(pattern)!r}: {error}") from None
         for shard in filter(None, expanded):
             is_wildcard = is_local(shard) and glob.has_magic(shard) and not os.path.isfile(shard)
             shards += (is_wildcard and sorted(glob.glob(shard))) or [shard]
@@ -126,7 +126,7 @@ def expand_shards(patterns):
     if missing and present:
         logger.warning("%d of %d shards do not exist, for example %s", len(missing), len(shards), min(missing))
     if not present:
-        raise UserError(f"--train_shards_path_or_url: {redact(' '.join(patterns))!r} matches no shard")
+        raise UserError(f"{option}: {redact(' '.join(patterns))!r} matches no shard")
     return present
 
 

@@ -20,6 +20,17 @@ VALIDATION_PROMPTS = [
     "a small red fox asleep in fresh snow, soft light, detailed fur",
 ]
 
+# Samplers: the class in diffusers, and what it is given on top of the configuration of the teacher's own scheduler.
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {"timestep_spacing": "leading"}),
+    "ddim-trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading"}),
+    "dpm++-trailing": ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}),
+    "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "euler-trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "unipc-trailing": ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}),
+    "lcm": ("LCMScheduler", {}),
+}
 
 BEFORE_ERROR = []  # callables that `run` calls before it prints an error; the progress bar puts its `close` here
 
@@ -382,7 +393,7 @@ def parse(parser, argv=None):
     resume = args.resume_from_checkpoint
     need(resume in (None, "latest") or find_checkpoint(args.output_dir, resume), "--resume_from_checkpoint",
          f"{resume!r} is neither a folder in {args.output_dir!r} nor a path; allowed: latest, or a folder")
-    args.validation_prompts = [prompt for value in args.validation_prompts for prompt in read_prompts(value, need)]
+    args.validation_prompts = read_prompts(parser, "--validation_prompts", args.validation_prompts)
     if args.validation_teacher_steps is None:
         args.validation_teacher_steps = sorted({most, 25})
     if args.local_rank != -1:
@@ -390,16 +401,21 @@ def parse(parser, argv=None):
     return args
 
 
-def read_prompts(value, need):
-    """The lines of the text file `value`, without empty ones; if there is none, `value` itself."""
-    if not os.path.isfile(value):
-        return [value]
-    try:
-        with open(value, encoding="utf-8-sig") as file:
-            prompts = [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        need(False, "--validation_prompts", f"cannot read {value!r} as text in UTF-8: {error}")
-    need(prompts, "--validation_prompts", f"{value!r} holds no prompt; allowed: prompts, or a file with one a line")
+def read_prompts(parser, option, values):
+    """The values of `option`, those that name a text file replaced by its lines, empty ones left out."""
+    prompts = []
+    for value in values:
+        if not os.path.isfile(value):
+            prompts.append(value)
+            continue
+        try:
+            with open(value, encoding="utf-8-sig") as file:
+                lines = [line.strip() for line in file if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"{option}: cannot read {value!r} as text in UTF-8: {error}")
+        if not lines:
+            parser.error(f"{option}: {value!r} holds no prompt; allowed: prompts, or a text file with one a line")
+        prompts += lines
     return prompts
 
 

@@ -27,22 +27,20 @@ def weight_dtype(accelerator):
     return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
 
 
-def load_part(loader, args, subfolder, path=None, **kwargs):
-    """`loader.from_pretrained` for one part of the teacher, or for the model at `path`.
+def load_pretrained(loader, option, source, **kwargs):
+    """`loader.from_pretrained(source, **kwargs)`; the message of a failure begins with `option`.
 
     Any failure becomes a UserError of one line: a wrong folder, a broken file, no network, no access.
     """
-    source = path or args.pretrained_teacher_model
-    option = "--pretrained_vae_model_name_or_path" if path else OPTION
+    subfolder = kwargs.get("subfolder")
     where = f"{source!r}" + (f", part {subfolder!r}" if subfolder else "")
-    if path is None:
-        kwargs["revision"] = args.teacher_revision or args.revision
-        where += f" at revision {kwargs['revision']!r}" * (kwargs["revision"] is not None)
+    if kwargs.get("revision") is not None:
+        where += f" at revision {kwargs['revision']!r}"
     has_weights = issubclass(loader, torch.nn.Module)
     if has_weights:
         kwargs["output_loading_info"] = True
     try:
-        part = loader.from_pretrained(source, subfolder=subfolder, cache_dir=args.cache_dir, **kwargs)
+        part = loader.from_pretrained(source, **kwargs)
     except Exception as error:  # the libraries raise nearly anything for a broken folder
         raise UserError(f"{option}: cannot load {where}: {first_line(error)}") from error
     if has_weights:
@@ -51,6 +49,15 @@ def load_part(loader, args, subfolder, path=None, **kwargs):
             missing = sorted(info["missing_keys"])
             raise UserError(f"{option}: cannot load {where}: {len(missing)} weights are missing, such as {missing[0]}")
     return part
+
+
+def load_part(loader, args, subfolder, path=None, **kwargs):
+    """`load_pretrained` for one part of the teacher, or for the VAE at `path`."""
+    if path is None:
+        kwargs["revision"] = args.teacher_revision or args.revision
+    option = "--pretrained_vae_model_name_or_path" if path else OPTION
+    source = path or args.pretrained_teacher_model
+    return load_pretrained(loader, option, source, subfolder=subfolder, cache_dir=args.cache_dir, **kwargs)
 
 
 def load_config(loader, args, subfolder=None):

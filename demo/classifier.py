@@ -1,13 +1,15 @@
 """A small CNN that reads the digit, the colour and the background of a picture: the examiner of the demo world.
 
-It judges whether a sampled picture shows what its caption asked for, and its features give the Frechet distance. Torch
-only; `make_teacher.py --stage classifier` trains it:
+It judges whether a sampled picture shows what its caption asked for (`accuracy`) and gives the features of the Frechet
+distance (`features`): what `evaluate_lcm.py` takes as --extra_metric and --feature_network. To train it anew:
 
     python demo/make_teacher.py --stage classifier
 """
 
+import functools
 from pathlib import Path
 
+import digits
 import torch
 from torch import nn
 
@@ -55,6 +57,7 @@ class Classifier(nn.Module):
         return torch.cat([torch.stack([logits.argmax(1) for logits in self(chunk)], dim=1) for chunk in chunks])
 
 
+@functools.cache
 def load_classifier(path=WEIGHTS):
     """Return the trained classifier, frozen, from its safetensors file."""
     from safetensors.torch import load_file
@@ -62,3 +65,22 @@ def load_classifier(path=WEIGHTS):
     classifier = Classifier()
     classifier.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     return classifier.eval().requires_grad_(False)
+
+
+def features(images):
+    """Return the classifier's features (N, 64) of uint8 pictures (N, 3, 32, 32)."""
+    return load_classifier().features(images.float() / 127.5 - 1)
+
+
+def accuracy(images, captions):
+    """Return the shares in [0, 1] of uint8 pictures that show the digit, the colour, and all that was asked for.
+
+    The last is stricter than the first two: digit, colour and background are right in the same picture.
+    """
+    asked = torch.tensor([digits.parse_caption(text) for text in captions])
+    right = load_classifier().read(images) == asked
+    return {
+        "digit": right[:, 0].double().mean().item(),
+        "colour": right[:, 1].double().mean().item(),
+        "all right": right.all(1).double().mean().item(),
+    }

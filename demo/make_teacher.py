@@ -403,7 +403,7 @@ def check_teacher(pipe, step):
     """Print what 200 pictures show after 25 DDIM steps; returns the share that shows all that was asked for."""
     captions = 2 * digits.all_captions()
     images, _ = evaluate.sample(pipe, captions, num_inference_steps=25, guidance_scale=3.0, seed=0)
-    digit, colour, right = evaluate.accuracy(images, captions)
+    digit, colour, right = evaluate.accuracy(images, captions).values()
     print(f"unet step {step} digit {digit:.1%} colour {colour:.1%} all {right:.1%}", flush=True)
     return right
 

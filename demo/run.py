@@ -106,7 +106,6 @@ class Bench:
         transformers.utils.logging.disable_progress_bar()
         self.args, self.evaluate = args, evaluate
         self.captions = evaluate.choose_captions(args.num_images, args.seed)
-        self.real_images, _ = evaluate.load_heldout()
 
     def load(self, network, sampler):
         """The pipeline that samples a network, put together as users do it."""
@@ -128,8 +127,8 @@ class Bench:
         """One row of the table, as a dict; `pictures` are the sampled ones (N, 3, H, W) uint8."""
         pipeline = self.load(network, sampler)
         pictures, seconds = self.evaluate.sample(pipeline, self.captions, steps, guidance_scale, self.args.seed)
-        digit, colour, everything = self.evaluate.accuracy(pictures, self.captions)
-        distance = self.evaluate.frechet_distance(pictures, self.real_images)
+        digit, colour, everything = self.evaluate.accuracy(pictures, self.captions).values()
+        distance = self.evaluate.frechet_distance(pictures)
         print(
             f"{network}, {steps} steps, {sampler}, guidance {guidance_scale:g}: {everything:.1%} right, "
             f"distance {distance:.2f}",

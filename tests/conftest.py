@@ -1,5 +1,6 @@
 """Tiny models and shards for the tests: made here, in a second, with random weights. Nothing comes from a hub."""
 
+import contextlib
 import importlib
 import io
 import json
@@ -14,9 +15,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -310,3 +313,23 @@ def script(request, teacher, sdxl_teacher, shards):
     """Each of the four scripts in turn."""
     name = request.param
     return Script(name, sdxl_teacher if "sdxl" in name else teacher, shards, SCRIPTS[name])
+
+
+@contextlib.contextmanager
+def hub():
+    """A stand-in for the Hub, that the real client in this process talks to."""
+    with HubServer() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        patch.delenv("HF_TOKEN", raising=False)
+        for name in ("NO_PROXY", "no_proxy"):
+            patch.setenv(name, "127.0.0.1")
+        huggingface_hub.close_session()  # the next one reads the environment anew
+        try:
+            yield server
+        finally:
+            huggingface_hub.close_session()

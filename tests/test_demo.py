@@ -1,6 +1,9 @@
 """The demo: its teacher keeps what the README says of it, its shards can be made again, its command works."""
 
 import json
+import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -107,3 +110,25 @@ def test_repository_stays_small():
     sizes = {path: path.stat().st_size for path in Path(DEMO).rglob("*") if path.is_file()}
     assert max(sizes.values()) < 4 << 20
     assert sum(sizes.values()) < 25 << 20
+
+
+def test_evaluation_of_the_demo(finished, tmp_path):
+    """demo/README.md's command for evaluate_lcm.py, with few pictures, on what the first command left."""
+    (command,) = re.findall(r"^python (evaluate_lcm\.py (?:.*\\\n)*.*)$", (DEMO / "README.md").read_text(), re.M)
+    options = shlex.split(command.replace("\\\n", " ").replace("lcm-demo", str(finished[0])))
+    options.remove(f"LoRA={finished[0]}/lora")
+    more = ["--output_dir", tmp_path, "--num_images=20", "--num_inference_steps=1", "--teacher_num_inference_steps=4"]
+    done = subprocess.run(
+        [sys.executable, *map(str, [*options, *more])], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["network"], row["steps"]) for row in rows] == [("teacher", 4), ("teacher", 1), ("student", 1)]
+    assert rows[0]["all right"] > 0.8 > rows[1]["all right"]
+    assert rows[0]["frechet_distance"] < rows[1]["frechet_distance"]
+    assert "| Frechet distance to 1188 pictures of heldout-00000.tar |" in done.stdout
+
+
+def test_prompts_are_all_captions():
+    captions = runpy.run_path(str(DEMO / "digits.py"))["all_captions"]()
+    assert (DEMO / "prompts.txt").read_text().splitlines() == captions

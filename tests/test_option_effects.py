@@ -21,7 +21,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -30,13 +29,13 @@ from conftest import (
     DEMO_TEACHER,
     common_options,
     encode_image,
+    hub,
     make_sdxl_teacher,
     make_teacher,
     write_shards,
     write_tar,
 )
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from hub_server import HubServer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file
@@ -475,24 +474,6 @@ def test_files_lie_in_the_output_folder_and_hold_no_token(run, tmp_path, monkeyp
 @covers("report_to", by=ALL)
 def test_no_tracker(run):
     assert {path.name for path in run().folder.iterdir()} == exported(run)
-
-
-@contextlib.contextmanager
-def hub():
-    """A stand-in for the Hub, that the real client in this process talks to."""
-    with HubServer() as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        patch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
-        patch.delenv("HF_TOKEN", raising=False)
-        for name in ("NO_PROXY", "no_proxy"):
-            patch.setenv(name, "127.0.0.1")
-        huggingface_hub.close_session()  # the next one reads the environment anew
-        try:
-            yield server
-        finally:
-            huggingface_hub.close_session()
 
 
 @covers("push_to_hub", "hub_model_id", "hub_token", "hub_private", by=ALL)

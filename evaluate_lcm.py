@@ -1,0 +1,284 @@
+"""Compare networks that were trained with their teacher, in a table and in a picture.
+
+python evaluate_lcm.py \\
+    --pretrained_teacher_model=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+    --trained "whole U-Net=lcm-sd15" LoRA=lcm-lora-sd15 \\
+    --prompts=prompts.txt --num_images=1000 --reference_images=path/to/pictures --output_dir=lcm-evaluation
+
+Draws the same prompts from the same noise with the teacher, in many steps and in few, and with each trained network in
+few. Writes output_dir/README.md (the table, and how it was measured), output_dir/results.json and output_dir/grid.png.
+"""
+
+import importlib.util
+import json
+import os
+import shlex
+import sys
+
+from lcm_options import (
+    BEFORE_ERROR,
+    SCHEDULERS,
+    VALIDATION_PROMPTS,
+    UserError,
+    add_model_options,
+    first_line,
+    integer,
+    make_parser,
+    number,
+    read_prompts,
+    redact,
+    run,
+)
+
+MANY, FEW = "ddim", "ddim-trailing"  # the teacher's samplers; with the usual spacing, "leading", one step says nothing
+GRID_ROWS, LARGEST_CELL = 5, 256  # of grid.png: prompts, and pixels a side of a picture
+COLUMNS = {  # what a row may hold: the column's heading, and how its values are written
+    "network": ("network", "{}"),
+    "steps": ("steps", "{}"),
+    "sampler": ("sampler", "{}"),
+    "guidance_scale": ("guidance", "{:g}"),
+    "seconds": ("s / image", "{:.4f}"),
+    "clip_score": ("CLIP score", "{:z.2f}"),
+    "frechet_distance": ("Frechet distance", "{:z.2f}"),
+    "teacher_rmse": ("RMSE to teacher", "{:.4f}"),
+}
+
+
+def parse_args(argv=None):
+    """The options, checked; heavy imports come after this, so that a mistake is answered at once."""
+    parser = make_parser(__doc__)
+    add_model_options(parser)
+    add = parser.add_argument_group("what is compared").add_argument
+    add("--trained", nargs="+", required=True, metavar="[LABEL=]FOLDER_OR_ID",
+        help="What was trained: output folders, checkpoints or Hub ids, of whole U-Nets and LoRAs. Each is sampled "
+             "with its own scheduler/.")
+    add("--variant", metavar="NAME",
+        help="Variant of the teacher's weight files, such as fp16.")
+    add("--output_dir", default="lcm-evaluation", metavar="FOLDER",
+        help="Where table, figures and pictures are written.")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--prompts", nargs="+", default=VALIDATION_PROMPTS, metavar="PROMPT_OR_FILE",
+        help="What to draw; of a text file, each line.")
+    add("--num_images", type=integer(2), default=100, metavar="N",
+        help="Pictures a row of the table; the prompts are gone through again and again.")
+    add("--num_inference_steps", nargs="+", type=integer(1, 1000), default=[1, 2, 4, 8], metavar="STEPS",
+        help="Few steps, for the teacher and for everything trained.")
+    add("--teacher_num_inference_steps", type=integer(1, 1000), default=50, metavar="STEPS",
+        help="Many steps, for the teacher alone: what the others are to come near.")
+    add("--teacher_scheduler", choices=[*(name for name in SCHEDULERS if name != "lcm"), "own"],
+        help=f"The teacher's sampler; `own` is the one it comes with. If unset: {MANY} for many steps, {FEW} for few.")
+    add("--guidance_scale", type=number(1), default=7.5, metavar="SCALE",
+        help="Of the teacher and of whole U-Nets; keep it inside [w_min + 1, w_max + 1] of their training.")
+    add("--lora_guidance_scale", type=number(1), default=1.0, metavar="SCALE",
+        help="Of LoRAs, which have learned their guidance: 1 adds none.")
+    add("--resolution", type=integer(8), metavar="PIXELS",
+        help="Sides of the pictures. If unset: what the teacher was made for.")
+    add("--batch_size", type=integer(1), default=8, metavar="PICTURES",
+        help="Pictures that are drawn at once; the seconds an image depend on it.")
+    add("--seed", type=integer(0, 2**32 - 1), default=0,
+        help="Decides the noise: that of a picture depends on the seed and the picture's number alone.")
+    add("--dtype", choices=["float32", "float16", "bfloat16"],
+        help="What all networks are loaded in, CLIP and the feature network excepted. If unset: float16 on a GPU, "
+             "float32 without one.")
+
+    add = parser.add_argument_group("measures").add_argument
+    add("--clip_model", default="openai/clip-vit-base-patch16", metavar="ID_OR_FOLDER",
+        help="The CLIP model of the CLIP score; `none` leaves that column out.")
+    add("--feature_network", default="clip", metavar="clip|inception|FILE.py:NAME|none",
+        help="Whose features the Frechet distance compares: the embeddings of --clip_model, torchmetrics' Inception "
+             "(needs torch-fidelity), a function or torch module that maps pictures (B, 3, H, W) uint8 to (B, F), "
+             "also as module:NAME; `none` leaves the column out.")
+    add("--reference_images", metavar="FOLDER_OR_SHARDS",
+        help="Pictures that the Frechet distance compares with: a folder, or WebDataset shards as in training. If "
+             "unset: the teacher's own at many steps.")
+    add("--num_reference_images", type=integer(2), default=10000, metavar="N",
+        help="At most so many of them are read.")
+    add("--extra_metric", metavar="FILE.py:NAME",
+        help="A function of (pictures (N, 3, H, W) uint8, list of N prompts) that returns a dict of numbers, each of "
+             "which becomes a column; also module:NAME.")
+
+    args = parser.parse_args(argv)
+    args.command = redact(shlex.join(["python", "evaluate_lcm.py", *(sys.argv[1:] if argv is None else argv)]))
+    check(args, parser)
+    return args
+
+
+def check(args, parser):
+    """Exit with status 2 and one line that begins with the option where options cannot be used together."""
+
+    def need(condition, option, message):
+        if not condition:
+            parser.error(f"{option}: {message}")
+
+    args.prompts = read_prompts(parser, "--prompts", args.prompts)
+    args.trained = [split_label(value) for value in args.trained]
+    labels = ["teacher"] + [label for label, _ in args.trained]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    need(twice is None, "--trained", f"two networks are called {twice!r}; allowed: different names, as LABEL=FOLDER")
+    need((args.resolution or 8) % 8 == 0, "--resolution", f"{args.resolution} given; allowed: multiples of 8")
+    need(args.clip_model != "none" or args.feature_network != "clip", "--feature_network",
+         "clip takes --clip_model, which is none; allowed with it: inception, FILE.py:NAME, none")  # fmt: skip
+    need(args.feature_network in ("clip", "inception", "none") or ":" in args.feature_network, "--feature_network",
+         f"{args.feature_network!r} given; allowed: clip, inception, FILE.py:NAME, module:NAME, none")  # fmt: skip
+    need(args.extra_metric is None or ":" in args.extra_metric, "--extra_metric",
+         f"{args.extra_metric!r} given; allowed: FILE.py:NAME, module:NAME")  # fmt: skip
+    needed = {"none": (), "inception": ("torchmetrics", "torch_fidelity")}.get(args.feature_network, ("torchmetrics",))
+    for package in needed:
+        need(importlib.util.find_spec(package), "--feature_network",
+             f"{args.feature_network} given, but the package {package} is not installed")  # fmt: skip
+    need(not os.path.exists(args.output_dir) or os.path.isdir(args.output_dir), "--output_dir",
+         f"{args.output_dir!r} is a file; allowed: a folder, or a path where one can be made")  # fmt: skip
+
+
+def split_label(value):
+    """(label, source) of `label=source`, or of a source alone, which is then called by the last part of its path."""
+    label, equals, source = value.partition("=")
+    if equals and not os.path.exists(value):
+        return label, source
+    return os.path.basename(os.path.abspath(value)), value
+
+
+def evaluate(args):
+    """Draw, measure and write all that the options ask for."""
+    import torch
+    from tqdm.auto import tqdm
+
+    import lcm_sampling
+    from lcm_metrics import Measures
+
+    prompts = [args.prompts[i % len(args.prompts)] for i in range(args.num_images)]
+    try:
+        os.makedirs(args.output_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir: {error}") from None
+    pipeline = lcm_sampling.load_teacher(args)
+    trained = [lcm_sampling.find_trained(pipeline, args, *value) for value in args.trained]
+    noise = lcm_sampling.starting_noise(pipeline, len(prompts), args.seed, args.resolution)
+    measures = Measures(args, prompts, pipeline.device, noise.shape[-1] * pipeline.vae_scale_factor)
+    few, places, rows = args.num_inference_steps, shown_prompts(prompts), []
+    progress = tqdm(total=len(prompts) * (1 + len(few) * (1 + len(trained))), unit="picture", dynamic_ncols=True)
+    BEFORE_ERROR.append(progress.close)
+
+    def add_row(network, steps, sampler, scheduler, guidance_scale):
+        progress.set_description(f"{network}, {count(steps)}")
+        pipeline.scheduler = scheduler
+        generators = lcm_sampling.picture_generators(len(prompts), args.seed)
+        try:
+            images, seconds = lcm_sampling.sample(
+                pipeline, prompts, noise, steps, guidance_scale, generators, args.batch_size, progress
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"--batch_size: {args.batch_size} given, but {first_line(error)}") from error
+        row = {"network": network, "steps": steps, "sampler": sampler, "guidance_scale": guidance_scale}
+        row |= {"seconds": seconds, **measures(images)}
+        rows.append((row, images[places]))
+        progress.write(", ".join(f"{heading} {text}" for heading, text in cells(row).items()))
+
+    own = pipeline.scheduler
+    for steps, usual in [(args.teacher_num_inference_steps, MANY), *((steps, FEW) for steps in few)]:
+        name = args.teacher_scheduler or usual
+        scheduler = own if name == "own" else lcm_sampling.make_scheduler(name, own.config)
+        add_row("teacher", steps, name, scheduler, args.guidance_scale)
+    for network in sorted(trained, key=lambda network: not network.is_lora):  # LoRAs need the teacher's own U-Net
+        lcm_sampling.load_trained(pipeline, network, args)
+        for steps in few:
+            scale = args.lora_guidance_scale if network.is_lora else args.guidance_scale
+            add_row(network.label, steps, "lcm", network.scheduler, scale)
+        if network.is_lora:
+            pipeline.unload_lora_weights()
+    progress.close()
+
+    order = ["teacher", *(network.label for network in trained)]
+    rows.sort(key=lambda row: order.index(row[0]["network"]))
+    results = {
+        "command": args.command,
+        "measured": measures.describe(),
+        "reference": measures.reference_name,
+        "rows": [row for row, _ in rows],
+    }
+    try:
+        write(args.output_dir, results, [pictures for _, pictures in rows], [prompts[i] for i in places])
+    except OSError as error:
+        raise UserError(f"--output_dir: {error}") from None
+
+
+# What is written.
+
+
+def count(steps):
+    """The words for a number of steps."""
+    return f"{steps} step{'s' * (steps > 1)}"
+
+
+def shown_prompts(prompts):
+    """The places of a few different prompts, far apart in the list: the rows of grid.png."""
+    different = sorted({prompt: i for i, prompt in reversed(list(enumerate(prompts)))}.values())
+    rows = min(GRID_ROWS, len(different))
+    return [different[round(i * (len(different) - 1) / max(1, rows - 1))] for i in range(rows)]
+
+
+def cells(row, headings=None):
+    """A row of the table as {heading: text}; `headings` replaces some of them."""
+    texts = {}
+    for name, value in row.items():
+        heading, form = COLUMNS.get(name, (name, "{:.3f}"))
+        texts[(headings or {}).get(name, heading)] = "none" if value is None else form.format(value)
+    return texts
+
+
+def as_markdown(results):
+    """The rows of `results` as a Markdown table."""
+    headings = {
+        "frechet_distance": f"Frechet distance to {results['reference']}",
+        "teacher_rmse": f"RMSE to teacher, {count(results['rows'][0]['steps'])}",
+    }
+    table = [cells(row, headings) for row in results["rows"]]
+    lines = [table[0].keys(), ["---"] * len(table[0]), *(row.values() for row in table)]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+
+
+def draw(rows, pictures, prompts):
+    """grid.png: a row for each prompt, a column for each row of the table. `pictures` are (P, 3, H, W) uint8 each."""
+    from PIL import Image
+
+    from lcm_validation import picture_grid
+
+    labels = [f"{row['network']}\n{count(row['steps'])}\n{row['sampler']}" for row in rows]
+    starts = [i for i in range(1, len(rows)) if i == 1 or rows[i]["network"] != rows[i - 1]["network"]]
+    grid = [[Image.fromarray(column[i].permute(1, 2, 0).numpy()) for column in pictures] for i in range(len(prompts))]
+    return picture_grid(grid, prompts, labels, min(LARGEST_CELL, max(96, grid[0][0].width)), starts)
+
+
+def write(folder, results, pictures, prompts):
+    """Write grid.png, results.json and README.md to `folder`, and print the table."""
+    draw(results["rows"], pictures, prompts).save(os.path.join(folder, "grid.png"))
+    with open(os.path.join(folder, "results.json"), "w", encoding="utf-8") as file:
+        json.dump(results, file, indent=1, ensure_ascii=False)
+    table, measured = as_markdown(results), "\n".join(f"- {line}" for line in results["measured"])
+    text = f"""\
+# Evaluation
+
+{table}
+
+![A row for each of a few prompts, a column for each row of the table](grid.png)
+
+## How it was measured
+
+{measured}
+
+```bash
+{results["command"]}
+```
+"""
+    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
+        file.write(text)
+    print(f"\n{table}\n\n{folder}: README.md with this table, grid.png, results.json")
+
+
+def main(argv=None):
+    run(evaluate, parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Teachers and trained networks as their users load them, and pictures from fixed noise.
+
+Pictures are (N, 3, H, W) uint8 tensors on the CPU throughout, and belong to a list of N prompts.
+"""
+
+import logging
+import os
+import textwrap
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+from lcm_lora import DIFFUSERS_FILE, adapter_layers
+from lcm_options import SCHEDULERS, UserError, first_line
+from lcm_teacher import OPTION, load_config, load_part, load_pretrained
+
+logger = logging.getLogger(__name__)
+
+
+# Networks.
+
+
+def load_teacher(args):
+    """The teacher's pipeline on the device, without a safety checker, which would blacken pictures.
+
+    Fills in `args.dtype`. Raises UserError if there is none that can be loaded, or if it has no U-Net.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.dtype = args.dtype or ("float16" if device == "cuda" else "float32")
+    parts = {"dtype": getattr(torch, args.dtype), "variant": args.variant}
+    index = load_config(diffusers.DiffusionPipeline, args)
+    if "unet" not in index:
+        raise UserError(f"{OPTION}: {index.get('_class_name')} has no U-Net; allowed: Stable Diffusion and SDXL")
+    if "safety_checker" in index:
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    if args.pretrained_vae_model_name_or_path:
+        path = args.pretrained_vae_model_name_or_path
+        parts["vae"] = load_part(diffusers.AutoencoderKL, args, None, path, dtype=parts["dtype"])
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # errors are raised, too
+    transformers.utils.logging.disable_progress_bar()
+    source, revision = args.pretrained_teacher_model, args.teacher_revision or args.revision
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            source, revision=revision, cache_dir=args.cache_dir, **parts
+        )
+    except Exception as error:  # the libraries raise nearly anything for a broken folder
+        raise UserError(f"{OPTION}: cannot load {source!r}: {first_line(error)}") from error
+    return pipeline.to(device)
+
+
+@dataclass
+class Trained:
+    """What was trained, where it lies, and the scheduler to sample it with."""
+
+    label: str
+    source: str  # a folder or a Hub id
+    subfolder: str | None  # of a whole U-Net, "" if it lies in `source` itself; None for a LoRA
+    scheduler: diffusers.LCMScheduler
+
+    @property
+    def is_lora(self):
+        return self.subfolder is None
+
+
+def has_file(source, name, cache_dir):
+    """Whether a folder, or a repository on the Hub, has a file. Raises UserError if there is no such repository."""
+    if os.path.isdir(source):
+        return os.path.isfile(os.path.join(source, name))
+    try:
+        return bool(hf_hub_download(source, name, cache_dir=cache_dir))
+    except Exception as error:  # a name that is none, no access, no network
+        if isinstance(error, LocalEntryNotFoundError if is_offline_mode() else RemoteEntryNotFoundError):
+            return False
+        reason = f"is neither a folder nor to be had from the Hub: {first_line(error)}"
+        raise UserError(f"--trained: {source!r} {reason}") from error
+
+
+def find_trained(pipeline, args, label, source):
+    """What was trained in an output folder, a checkpoint, a U-Net's own folder or a Hub repository: by its files.
+
+    Raises UserError if there is nothing, if it does not fit the teacher, or if it takes fewer steps than asked for.
+    """
+    has = partial(has_file, source, cache_dir=args.cache_dir)
+    subfolder = None
+    if not has(DIFFUSERS_FILE):
+        places = {"unet_target": "unet_target/config.json", "": "config.json", "unet": "unet/config.json"}
+        subfolder = next((place for place, config in places.items() if has(config)), None)
+        if subfolder is None:
+            raise UserError(
+                f"--trained: {source!r} holds neither {DIFFUSERS_FILE} nor a U-Net (unet_target/, or config.json); "
+                "allowed: what a training script wrote, one of its checkpoints, or a Hub id"
+            )
+    if has("scheduler/scheduler_config.json"):
+        place = {"subfolder": "scheduler", "cache_dir": args.cache_dir}
+        scheduler = load_pretrained(diffusers.LCMScheduler, "--trained", source, **place)
+    else:
+        scheduler = make_scheduler("lcm", pipeline.scheduler.config)
+        grid = scheduler.config.original_inference_steps
+        logger.warning("--trained: %r has no scheduler/; a grid of %d points is assumed", source, grid)
+    steps, most = max(args.num_inference_steps), scheduler.config.original_inference_steps
+    if steps > most:
+        raise UserError(
+            f"--num_inference_steps: {steps} given, but {source!r} was trained on a grid of {most} points; allowed: "
+            f"at most {most}"
+        )
+    trained = Trained(label, source, subfolder, scheduler)
+    if trained.is_lora:  # the one way to see whether it fits is to try
+        load_trained(pipeline, trained, args)
+        pipeline.unload_lora_weights()
+    else:
+        check_unet(pipeline.unet.config, trained, args)
+    return trained
+
+
+def check_unet(expected, trained, args):
+    """Raise UserError if a trained U-Net cannot stand in for one whose config is `expected`."""
+    place = {"subfolder": trained.subfolder or None, "cache_dir": args.cache_dir}
+    try:
+        found = diffusers.UNet2DConditionModel.load_config(trained.source, **place)
+    except Exception as error:
+        raise UserError(f"--trained: cannot load {trained.source!r}: {first_line(error)}") from error
+    names = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
+    wanted = {"_class_name": "UNet2DConditionModel", **{name: expected[name] for name in names}}
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"--trained: the network in {trained.source!r} has {name} = {found.get(name)}; allowed: {value}, as "
+                "the teacher's U-Net"
+            )
+
+
+def load_trained(pipeline, trained, args):
+    """Put a LoRA, or a U-Net in place of the one that is there, into a pipeline as users do. Raises UserError."""
+    if trained.is_lora:
+        try:
+            pipeline.load_lora_weights(trained.source, weight_name=DIFFUSERS_FILE, cache_dir=args.cache_dir)
+        except Exception as error:
+            reason = textwrap.shorten(str(error), 300)  # the first line says nothing
+            raise UserError(f"--trained: the LoRA in {trained.source!r} does not fit the teacher: {reason}") from error
+        if not adapter_layers(pipeline.unet):
+            raise UserError(f"--trained: the LoRA in {trained.source!r} has no weights for the teacher's U-Net")
+        return
+    place = {"subfolder": trained.subfolder or None, "cache_dir": args.cache_dir}
+    device, dtype = pipeline.device, pipeline.unet.dtype
+    pipeline.unet = None  # before the next one is read: two may be more than there is memory for
+    unet = load_pretrained(diffusers.UNet2DConditionModel, "--trained", trained.source, dtype=dtype, **place)
+    pipeline.unet = unet.to(device)
+
+
+# Pictures.
+
+
+def make_scheduler(name, config):
+    """One of `SCHEDULERS`, for a model whose own scheduler has this `config`."""
+    kind, options = SCHEDULERS[name]
+    # Latents go beyond [-1, 1]; a configuration that says nothing of clipping would get DDIM's default, which clips.
+    return getattr(diffusers, kind).from_config({"clip_sample": False, **config}, **options)
+
+
+def starting_noise(pipeline, count, seed, resolution=None):
+    """(count, C, h, w) float32 for pictures of `resolution` pixels a side, the U-Net's own size if that is None.
+
+    The noise of picture i is a function of `seed` and i, whatever `count`, the batch size, the device and the dtype.
+    """
+    unet = pipeline.unet.config
+    side = resolution // pipeline.vae_scale_factor if resolution else unet.sample_size
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randn(unet.in_channels, side, side, generator=generator) for _ in range(count)])
+
+
+def picture_generators(count, seed):
+    """A generator for each picture, a function of `seed` and its number, for noise between the steps."""
+    states = (np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] for i in range(count))
+    return [torch.Generator().manual_seed(int(state >> np.uint64(1))) for state in states]
+
+
+def synchronize(device):
+    """Wait until the device has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def sample(pipeline, prompts, noise, num_inference_steps, guidance_scale, generator, batch_size, progress=None):
+    """Draw one picture for each of N prompts, from its row of `noise` (N, C, h, w).
+
+    `generator` is what samplers that add noise between the steps, as LCM's, draw from: one for all, or a list of one
+    for each picture, which then does not depend on its batch. `progress`, a tqdm, is told of every batch.
+
+    Returns the pictures, (N, 3, H, W) uint8, and the seconds an image: text encoder, U-Net and VAE in batches of
+    `batch_size`, without a first batch of one step that warms up.
+    """
+    height, width = (side * pipeline.vae_scale_factor for side in noise.shape[-2:])
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(chunk, steps, generator):
+        return pipeline(
+            prompt=prompts[chunk],
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            latents=noise[chunk].to(pipeline.device, pipeline.unet.dtype),
+            generator=generator,
+            output_type="pt",
+        ).images
+
+    draw(slice(batch_size), 1, torch.Generator())
+    synchronize(pipeline.device)
+    images, start = [], time.perf_counter()
+    for first in range(0, len(prompts), batch_size):
+        chunk = slice(first, first + batch_size)
+        pixels = draw(chunk, num_inference_steps, generator[chunk] if isinstance(generator, list) else generator)
+        images.append((pixels.float() * 255).round().to(torch.uint8).cpu())
+        if progress is not None:
+            progress.update(len(pixels))
+    synchronize(pipeline.device)
+    return torch.cat(images), (time.perf_counter() - start) / len(prompts)
