@@ -113,8 +113,8 @@ def test_repository_stays_small():
 
 
 def test_evaluation_of_the_demo(finished, tmp_path):
-    """demo/README.md's command for evaluate_lcm.py, with few pictures, on what the first command left."""
-    (command,) = re.findall(r"^python (evaluate_lcm\.py (?:.*\\\n)*.*)$", (DEMO / "README.md").read_text(), re.M)
+    """The README's command for evaluate_lcm.py, with few pictures, on what the first command left."""
+    (command,) = re.findall(r"^python (evaluate_lcm\.py (?:.*\\\n)*.*)$", (ROOT / "README.md").read_text(), re.M)
     options = shlex.split(command.replace("\\\n", " ").replace("lcm-demo", str(finished[0])))
     options.remove(f"LoRA={finished[0]}/lora")
     more = ["--output_dir", tmp_path, "--num_images=20", "--num_inference_steps=1", "--teacher_num_inference_steps=4"]
