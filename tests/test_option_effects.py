@@ -160,7 +160,7 @@ class Run:
 
     def error(self):
         """The one line, apart from the log and the progress bar, that a run ended with."""
-        lines = [line for line in re.split(r"[\r\n]+", self.log) if line]
+        lines = [line for line in re.split(r"[\r\n]+", self.log) if line.strip()]
         lines = [line for line in lines if not re.match(r"\d\d:\d\d:\d\d [A-Z]+ |Steps: ", line)]
         assert self.status == 1
         assert len(lines) == 1, self.log
