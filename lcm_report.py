@@ -4,7 +4,6 @@ import os
 
 import numpy as np
 from huggingface_hub import ModelCard, ModelCardData
-from matplotlib.figure import Figure
 
 
 def smooth(values):
@@ -32,6 +31,8 @@ def timesteps(name):
 
 def draw_curves(rows, path):
     """Draw `metrics.jsonl`, as a list of dicts, to a picture: the loss, the loss by timestep, the gradients' norm."""
+    from matplotlib.figure import Figure  # its memory is not needed before the end
+
     figure = Figure(figsize=(12, 3.4), dpi=100, layout="constrained")
     loss, by_timestep, gradients = figure.subplots(1, 3)
     draw_curve(loss, rows, "loss")

@@ -67,7 +67,7 @@ def start(args, can_shard=False):
         stream=sys.stderr,
         force=True,
     )
-    for noisy in ("httpx", "accelerate", "torch", "PIL"):
+    for noisy in ("httpx", "accelerate", "torch", "PIL", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()

@@ -2,8 +2,10 @@
 
 import re
 
+import matplotlib.figure
 import numpy as np
 from conftest import SCRIPTS, Script
+from matplotlib.figure import Figure
 from PIL import Image
 
 import lcm_export
@@ -40,8 +42,7 @@ def test_a_card_without_pictures(teacher, shards, tmp_path, monkeypatch, capfd):
 def drawn_lines(rows, tmp_path, monkeypatch):
     """{title of a panel: [(x, y) of each solid line]} as matplotlib was given them."""
     figures = []
-    figure_class = lcm_report.Figure
-    monkeypatch.setattr(lcm_report, "Figure", lambda **more: figures.append(figure_class(**more)) or figures[-1])
+    monkeypatch.setattr(matplotlib.figure, "Figure", lambda **more: figures.append(Figure(**more)) or figures[-1])
     lcm_report.draw_curves(rows, tmp_path / "training.png")
     return {
         axes.get_title(): [
