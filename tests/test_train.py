@@ -376,8 +376,11 @@ def test_resume_restores_the_tally_and_the_seed(teacher, shards, tmp_path):
 
 
 def test_validation_does_not_disturb_the_run(script, tmp_path):
-    script.main(tmp_path / "often", "--validation_steps=1")
-    script.main(tmp_path / "never", "--validation_steps=100")
+    """Pictures of teacher and student, of all kinds, and a tracker, or none: the weights are the same, bit for bit."""
+    pictures = ["--validation_steps=1", "--validation_teacher_steps", "2", "--num_validation_images=2"]
+    more = ["--validation_resolution=16,24x16", "--validation_negative_prompt=blue", "--validation_guidance_scale=7"]
+    script.main(tmp_path / "often", *pictures, *more, "--report_to=tensorboard")
+    script.main(tmp_path / "never", "--validation_steps=100", "--logging_steps=3")
     assert_same_outputs(script, tmp_path / "often", tmp_path / "never")
 
 
