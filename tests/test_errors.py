@@ -331,7 +331,7 @@ def damages(part):
     """Each way to break one part, for a script that has it; none may train: a made-up part looks like a run."""
     scripts, says = ("lora_sdxl",) if part.endswith("_2") else ("sd",), f"part '{part}'"
     yield broken(f"{part}-absent", says, remove(part), scripts)
-    for file in {*filter(None, (WEIGHTS.get(part), OTHER_FILES.get(part)))}:
+    for file in filter(None, (WEIGHTS.get(part), OTHER_FILES.get(part))):
         path = f"{part}/{file}"
         yield broken(f"{path}-absent", says, remove(path), scripts)
         yield broken(f"{path}-cut", says, cut(path), scripts)
