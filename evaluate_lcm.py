@@ -115,7 +115,11 @@ def check(args, parser):
     args.trained = [split_label(value) for value in args.trained]
     labels = ["teacher"] + [label for label, _ in args.trained]
     twice = next((label for label in labels if labels.count(label) > 1), None)
-    need(twice is None, "--trained", f"two networks are called {twice!r}; allowed: different names, as LABEL=FOLDER")
+    need(twice is None, "--trained",
+         f"two networks are called {twice!r}; allowed: different names, as LABEL=FOLDER, and not teacher")  # fmt: skip
+    need(all(labels), "--trained", "a label is empty; allowed: LABEL=FOLDER_OR_ID, or FOLDER_OR_ID")
+    need(args.reference_images is None or args.feature_network != "none", "--reference_images",
+         f"{args.reference_images!r} given, but --feature_network is none, which compares nothing")  # fmt: skip
     need((args.resolution or 8) % 8 == 0, "--resolution", f"{args.resolution} given; allowed: multiples of 8")
     need(args.clip_model != "none" or args.feature_network != "clip", "--feature_network",
          "clip takes --clip_model, which is none; allowed with it: inception, FILE.py:NAME, none")  # fmt: skip
@@ -244,7 +248,10 @@ def draw(rows, pictures, prompts):
 
     from lcm_validation import picture_grid
 
-    labels = [f"{row['network']}\n{count(row['steps'])}\n{row['sampler']}" for row in rows]
+    labels = [
+        f"{row['network']}\n{count(row['steps'])}\n{row['sampler']}\nguidance {row['guidance_scale']:g}"
+        for row in rows
+    ]
     starts = [i for i in range(1, len(rows)) if i == 1 or rows[i]["network"] != rows[i - 1]["network"]]
     grid = [[Image.fromarray(column[i].permute(1, 2, 0).numpy()) for column in pictures] for i in range(len(prompts))]
     return picture_grid(grid, prompts, labels, min(LARGEST_CELL, max(96, grid[0][0].width)), starts)

@@ -257,8 +257,15 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             remove_leftovers(self.args.output_dir, [*self.trained.outputs, "scheduler"])
         if folder is None:
+            earlier = list_checkpoints(self.args.output_dir)
             if self.args.resume_from_checkpoint:
                 logger.info("No checkpoint in %s; starting a new run", self.args.output_dir)
+            elif earlier:
+                logger.warning(
+                    "--output_dir: %s is of an earlier run, which --resume_from_checkpoint=latest goes on with; this "
+                    "one starts anew, and its metrics and results replace those that are there",
+                    earlier[-1],
+                )
             return 0
         state = read_state(folder)
         if state["step"] > self.args.max_train_steps:

@@ -208,7 +208,8 @@ class Measures:
                 source = args.reference_images, resolution, args.num_reference_images, args.batch_size
                 self.reference = torch.cat([self.features(batch) for batch in reference_pictures(*source)])
             fewest = min(len(prompts), len(prompts) if self.reference is None else len(self.reference))
-            if fewest < 2 * size:
+            self.is_biased = fewest < 2 * size
+            if self.is_biased:
                 logger.warning(
                     "--num_images: %d pictures for %d features; the Frechet distance is biased below about %d",
                     fewest, size, 2 * size,
@@ -272,6 +273,7 @@ class Measures:
             lines.append(
                 f"Frechet distance to {self.reference_name}, in the {self.reference.shape[1]} features of {network}; "
                 "it compares with distances in the same features and to the same pictures only"
+                + "; with as few pictures as here it is too large" * self.is_biased
             )
         if self.extra_metric:
             lines.append(f"The other columns: {args.extra_metric}")

@@ -406,6 +406,8 @@ def read_prompts(parser, option, values):
     prompts = []
     for value in values:
         if not os.path.isfile(value):
+            if value.endswith(".txt") or os.path.isdir(value):
+                parser.error(f"{option}: {value!r} is no file; allowed: prompts, or a text file with one a line")
             prompts.append(value)
             continue
         try:
@@ -479,6 +481,9 @@ def run(train, args):
             call()
         print(f"{error}".replace("\n", " "), file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:  # before the loop, which takes signals otherwise
+        print("\nStopped before the first step.", file=sys.stderr)
+        sys.exit(130)
     BEFORE_ERROR.clear()  # the last reference to what the run built
     import lcm_training  # `train` did, too; not before, since it takes seconds
 

@@ -12,6 +12,7 @@ import math
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 
@@ -33,8 +34,8 @@ QUARTERS = 4  # of the teacher's timesteps
 class StopSignals:
     """SIGTERM and SIGINT, which ask for a checkpoint and a clean end after the current step; a second ends at once."""
 
-    def __init__(self):
-        self.received = None
+    def __init__(self, speaks):
+        self.received, self.speaks = None, speaks
         self.previous = {}
         if threading.current_thread() is threading.main_thread():  # nowhere else can a handler be set
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -45,6 +46,9 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.received = signal.Signals(number).name
+        if self.speaks:
+            words = f"\n{self.received}: finishing the step, then saving a checkpoint; once more ends at once\n"
+            os.write(sys.stderr.fileno(), words.encode())  # logging may be in the middle of a line
 
     def restore(self):
         """Put the handlers of before back."""
@@ -147,7 +151,7 @@ class Progress:
         self.file = MetricsFile(args.output_dir)
         if accelerator.is_main_process:
             self.file.go_on_from(first_step)
-        self.signals = StopSignals()
+        self.signals = StopSignals(speaks=accelerator.is_local_main_process)
         self.stopping = False
         BEFORE_ERROR.append(self.close)
         self.started = self.last = time.perf_counter()

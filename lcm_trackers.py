@@ -79,4 +79,9 @@ def log_pictures(tracker, pictures, step):
         if tracker.name == "wandb":
             import wandb
 
-            tracker.log({name: [wandb.Image(picture, caption=caption) for picture, caption in captioned]}, step=step)
+            by_size = {}  # those under one name have to be of one
+            for picture, caption in captioned:
+                by_size.setdefault(picture.size, []).append(wandb.Image(picture, caption=caption))
+            for (width, height), images in by_size.items():
+                key = f"{name}, {width} x {height}" if len(by_size) > 1 else name
+                tracker.log({key: images}, step=step)

@@ -10,6 +10,7 @@ import os
 import textwrap
 from dataclasses import dataclass
 
+import matplotlib
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image, ImageDraw, ImageFont
@@ -29,6 +30,13 @@ def wrap(text, width):
     return [line for paragraph in text.split("\n") for line in textwrap.wrap(paragraph, width)]
 
 
+def label_font(size, texts):
+    """Pillow's own font, or where that lacks a letter DejaVu Sans, which has those of Europe and more."""
+    if all(text.isascii() for text in texts):
+        return ImageFont.load_default(size=size)
+    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
 def picture_grid(rows, row_labels, column_labels, cell_size=None, group_gap=(), corner=""):
     """A labelled grid as one picture: `rows` is a list of lists of PIL pictures, those of one row of one size.
 
@@ -36,13 +44,13 @@ def picture_grid(rows, row_labels, column_labels, cell_size=None, group_gap=(), 
     column whose index is in `group_gap` some space is left. `corner` is written above the row labels.
     """
     side = cell_size or rows[0][0].width
-    font = ImageFont.load_default(size=max(11, min(18, side // 7)))
+    font = label_font(max(11, min(18, side // 7)), [*row_labels, *column_labels, corner])
     line = int(font.size * 1.3)
     label_width = min(320, max(140, side))
     label_letters = max(8, int(label_width / (font.size * 0.55)))
     row_texts = ["\n".join(wrap(text, label_letters)) for text in row_labels]
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    text_heights = [measure.multiline_textbbox((0, 0), text, font)[3] for text in row_texts]
+    text_heights = [measure.multiline_textbbox((0, 0), text, font)[3] + line // 2 for text in row_texts]
     column_texts = [wrap(text, max(5, int(side / (font.size * 0.52)))) for text in column_labels]
     gap, pad = max(4, side // 24), 12
     top = pad + line * max(len(text) for text in column_texts) + 4
@@ -215,15 +223,17 @@ class Validation:
         self.trackers.log_pictures({"validation": [(grid, None)]} | self.captioned(drawn), step)
 
     def label(self, row):
-        """What stands before a row: the prompt, and its size where there are several."""
-        several = len({other.size for other in self.rows}) > 1
-        return row.prompt + (f"\n{row.size[0]} x {row.size[1]}" if several else "")
+        """What stands before a row: the prompt, and where there are several the size and the number of the noise."""
+        lines = [row.prompt or "(no prompt)"]
+        if len({other.size for other in self.rows}) > 1:
+            lines.append(f"{row.size[0]} x {row.size[1]}")
+        if self.args.num_validation_images > 1:
+            lines.append(f"noise {(row.seed - self.args.seed) % 2**32 + 1}")
+        return "\n".join(lines)
 
     def captioned(self, columns):
         """Pictures as the trackers take them, one by one: {column: [(picture, prompt), ...]}."""
         labels = [self.label(row).replace("\n", ", ") for row in self.rows]
-        if self.args.num_validation_images > 1:
-            labels = [f"{label} ({i % self.args.num_validation_images + 1})" for i, label in enumerate(labels)]
         return {
             "validation/" + column.label(", "): list(zip(pictures, labels, strict=True))
             for column, pictures in columns.items()

@@ -253,7 +253,7 @@ def test_rows_columns_and_files(evaluate, home):
     counts = {1: "1 step", 2: "2 steps", 3: "3 steps"}
     columns = [run.drawn[f"{name}, {counts[steps]}"].images for name, steps, *_ in settings]
     pictures = [[Image.fromarray(column[i].permute(1, 2, 0).numpy()) for column in columns] for i in range(3)]
-    labels = [f"{name}\n{counts[steps]}\n{sampler}" for name, steps, sampler, _ in settings]
+    labels = [f"{name}\n{counts[steps]}\n{sampler}\nguidance {scale:g}" for name, steps, sampler, scale in settings]
     expected = picture_grid(pictures, PROMPTS, labels, 96, group_gap=[1, 3, 5])
     assert run.grid.size == expected.size and np.array_equal(np.asarray(run.grid), np.asarray(expected))
 
@@ -584,6 +584,9 @@ def test_schedulers_do_not_clip_latents():
         ({"resolution": 20}, "--resolution: 20 given", "multiples of 8", 2),
         ({"prompts": "{home}/empty.txt"}, "--prompts: ", "holds no prompt", 2),
         ({"prompts": "{home}/clip/model.safetensors"}, "--prompts: cannot read ", "UTF-8", 2),
+        ({"trained": "={home}/sd"}, "--trained: ", "a label is empty", 2),
+        ({"reference_images": "x", "feature_network": "none"}, "--reference_images: 'x' given", "compares nothing", 2),
+        ({"prompts": "nofile.txt"}, "--prompts: 'nofile.txt' is no file", "a text file", 2),
         ({"feature_network": "clip"}, "--feature_network: clip ", "--clip_model, which is none", 2),
         ({"feature_network": "dino"}, "--feature_network: 'dino' given", "FILE.py:NAME", 2),
         ({"feature_network": "inception"}, "--feature_network: inception given", "torch_fidelity is not installed", 2),

@@ -49,6 +49,7 @@ def test_stopped_and_resumed_equals_unbroken(teacher, sdxl_teacher, shards, tmp_
     script.main(tmp_path / "unbroken", *OPTIONS)
     stopped = run(script, tmp_path / "stopped", number, whom)
     assert stopped.returncode == 0, stopped.stderr
+    assert "finishing the step, then saving a checkpoint; once more ends at once" in stopped.stderr
     assert "Stopped at step 3" in stopped.stdout and "--resume_from_checkpoint=latest" in stopped.stdout
     assert "Traceback" not in stopped.stderr
     assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"checkpoint-3", "metrics.jsonl"}
@@ -69,3 +70,13 @@ def test_signals_are_as_before_when_a_run_is_over(teacher, shards, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     Script("sd", teacher, shards, SCRIPTS["sd"]).main(tmp_path, "--max_train_steps=1")
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(teacher, shards, tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lcm_teacher.load_vae", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        Script("sd", teacher, shards, SCRIPTS["sd"]).main(tmp_path)
+    assert stop.value.code == 130 and capsys.readouterr().err.endswith("\nStopped before the first step.\n")

@@ -91,7 +91,7 @@ def test_pictures_are_those_of_the_stock_pipelines(script, logged, tmp_path):
                 for size in ((16, 24), (32, 32)):
                     for i in range(2):
                         picture, caption = next(cells)
-                        assert caption == f"{prompt}, {size[0]} x {size[1]} ({i + 1})"
+                        assert caption == f"{prompt}, {size[0]} x {size[1]}, noise {i + 1}"
                         more = {"negative_prompt": "blue", "seed": 7 + i}
                         assert_close(picture, stock_picture(pipeline, prompt, steps, guidance, *size, **more))
     assert logged[2].keys() == logged[4].keys()
@@ -200,3 +200,10 @@ def test_a_teacher_that_cannot_be_drawn_costs_its_columns_only(teacher, shards, 
     script.main(tmp_path, "--validation_teacher_steps", "2", "--max_train_steps=1")
     assert "No pictures of the teacher: CUDA out of memory" in capfd.readouterr().err
     assert len(logged[1]) == 3
+
+
+def test_letters_that_pillows_own_font_lacks():
+    """An accent is drawn as what it is, and not as the box that stands for every missing letter."""
+    picture = Image.new("RGB", (96, 96))
+    accents, others = (np.asarray(picture_grid([[picture]], [label], ["x"])) for label in ("é", "ü"))
+    assert not np.array_equal(accents, others)
