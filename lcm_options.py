@@ -33,6 +33,7 @@ SCHEDULERS = {
 }
 
 BEFORE_ERROR = []  # callables that `run` calls before it prints an error; the progress bar puts its `close` here
+AT_END = []  # and those that it calls when all that `train` built is gone
 
 
 class UserError(Exception):
@@ -474,6 +475,7 @@ def run(train, args):
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     BEFORE_ERROR.clear()
+    AT_END.clear()
     try:
         train(args)
     except UserError as error:
@@ -485,6 +487,5 @@ def run(train, args):
         print("\nStopped before the first step.", file=sys.stderr)
         sys.exit(130)
     BEFORE_ERROR.clear()  # the last reference to what the run built
-    import lcm_training  # `train` did, too; not before, since it takes seconds
-
-    lcm_training.leave_process_group()
+    for call in AT_END:
+        call()

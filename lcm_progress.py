@@ -196,7 +196,8 @@ class Progress:
         # Of weights that are split over processes, the whole.
         alike = [value.full_tensor() if hasattr(value, "full_tensor") else value for value in alike]
         numbers = torch.cat([shared, torch.stack([value.to(shared) for value in alike])]).tolist()  # the one wait
-        losses, counts, (stop, norm, *distance) = numbers[:QUARTERS], numbers[QUARTERS:8], numbers[8:]
+        losses, counts = numbers[:QUARTERS], numbers[QUARTERS : 2 * QUARTERS]
+        stop, norm, *distance = numbers[2 * QUARTERS :]
         self.sums.zero_()
         self.stopping = stop > 0
         self.loss, self.distance = sum(losses) / sum(counts), distance

@@ -70,18 +70,23 @@ class Trackers:
 def log_pictures(tracker, pictures, step):
     """Log PIL pictures, {name: list of (picture, caption)}, to one of accelerate's trackers."""
     for name, captioned in pictures.items():
-        for picture, caption in captioned if tracker.name != "wandb" else ():
+        if tracker.name == "wandb":
+            log_to_wandb(tracker, name, captioned, step)
+            continue
+        for picture, caption in captioned:
             if tracker.name == "tensorboard":  # a tag is all the caption there is
                 tag = f"{name}/{caption}" if caption else name
                 tracker.log_images({tag: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
             elif tracker.name == "comet_ml":
                 tracker.tracker.log_image(picture, name=f"{name}: {caption}" if caption else name, step=step)
-        if tracker.name == "wandb":
-            import wandb
 
-            by_size = {}  # those under one name have to be of one
-            for picture, caption in captioned:
-                by_size.setdefault(picture.size, []).append(wandb.Image(picture, caption=caption))
-            for (width, height), images in by_size.items():
-                key = f"{name}, {width} x {height}" if len(by_size) > 1 else name
-                tracker.log({key: images}, step=step)
+
+def log_to_wandb(tracker, name, captioned, step):
+    """Log a list of (picture, caption); those under one name have to be of one size."""
+    import wandb
+
+    by_size = {}
+    for picture, caption in captioned:
+        by_size.setdefault(picture.size, []).append(wandb.Image(picture, caption=caption))
+    for (width, height), images in by_size.items():
+        tracker.log({f"{name}, {width} x {height}" if len(by_size) > 1 else name: images}, step=step)

@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 
 from lcm_checkpoint import check_resume, stored_seed
-from lcm_options import UserError, first_line
+from lcm_options import AT_END, UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ def start(args, can_shard=False):
             f"accelerate cannot start: {first_line(error)}; see `accelerate config`, and ACCELERATE_... and the "
             "launcher's variables in the environment"
         ) from None
+    AT_END.append(leave_process_group)
     kind = accelerator.distributed_type.value
     is_fsdp2 = kind == "FSDP" and accelerator.is_fsdp2
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA") and not (is_fsdp2 and can_shard):
