@@ -14,7 +14,6 @@ import shutil
 
 from accelerate.utils import RNG_STATE_NAME, gather_object, load
 
-import lcm_data
 import lcm_sharding
 from lcm_options import UserError, find_checkpoint, first_line, public_options
 
@@ -245,7 +244,7 @@ class Checkpoints:
             raise UserError(
                 f"--output_dir: cannot write {folder!r}: {first_line(error)}; earlier checkpoints are intact"
             ) from error
-        self.trackers.log(lcm_data.as_scalars(*self.data.totals()), step=step)
+        self.trackers.log(self.data.totals().as_scalars(), step=step)
         logger.info("Saved %s", folder)
 
     def resume(self):

@@ -4,28 +4,37 @@ One *stream* is one data loader worker of one process. Its stages, in order:
 
     order of shards -> samples as bytes -> shuffled blocks -> pictures and captions (lcm_samples) -> batches
 
-What cannot be used travels through the shuffle as a `Problem` and is counted. A stream's place is five integers
-(`Position`): a block of samples and how many of it were used. The order within a block is a function of (seed, stream,
-pass, block), so a resume passes over the shard up to that block, reads the block, and decodes nothing twice.
+All streams give equally many batches, and every sample is used equally often: see `shard_order`. What cannot be
+used travels through the shuffle as a `Problem` and is counted. A stream's place is five integers (`Position`): a block
+of samples and how many of it were used. The order within a block is a function of (seed, stream, pass, block), so a
+resume passes over the shard up to that block, reads the block, and decodes nothing twice.
 """
 
 import glob
 import itertools
 import logging
+import multiprocessing
 import os
 import signal
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import braceexpand
 import numpy as np
+import psutil
 import torch
 from accelerate.utils import gather_object
 
-from lcm_options import UserError, redact
+from lcm_options import UserError, first_line, redact
+from lcm_pipe import end_children
 from lcm_samples import CAPTION_SUFFIXES, IMAGE_SUFFIXES, Problem, Unusable, collate, decode_sample, read_shard
 
 logger = logging.getLogger(__name__)
+
+ORDER_VERSION = 2  # of the rules by which a Position stands for a place; 1 is that of checkpoints without a number
+MAX_DEATHS_IN_A_ROW = 3  # of data workers, without a batch in between
+BATCHES_AHEAD = 2  # that a data worker makes before they are asked for; the DataLoader's default
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ class DataConfig:
     min_image_size: int = 0  # pixels, of the shorter side
     max_watermark_probability: float | None = None  # against `pwatermark` in the JSON
     shuffle_buffer_size: int = 1000  # samples a block
+    shuffle_buffer_mb: float = 512.0  # 10^6 bytes, after which a block ends early
+    shard_timeout: float = 300.0  # seconds without a byte
     num_workers: int = 0
     rank: int = 0
     num_processes: int = 1
@@ -57,6 +68,13 @@ class DataConfig:
     @property
     def num_streams(self):
         return self.num_processes * self.streams_per_process
+
+    @property
+    def max_bytes(self):
+        """What the streams of a process may hold: blocks of encoded samples, and batches of pixels ahead of use."""
+        batch = 3 * self.resolution**2 * self.batch_size
+        ahead = 1 + BATCHES_AHEAD * (self.num_workers > 0)
+        return self.streams_per_process * (self.shuffle_buffer_mb * 1e6 + ahead * batch)
 
 
 def data_config(args, shards, accelerator):
@@ -83,6 +101,33 @@ class Position:
     taken: int = 0
 
 
+def describe(skipped):
+    """A Counter of skips in one line, the most frequent reason first."""
+    return ", ".join(f"{count} x {reason}" for reason, count in skipped.most_common()) or "none"
+
+
+@dataclass
+class Tally:
+    """What became of the samples so far."""
+
+    used: int = 0
+    unscored: int = 0  # of them, those whose JSON has no `pwatermark`, which --max_watermark_probability lets through
+    skipped: Counter = field(default_factory=Counter)  # by reason
+
+    def __add__(self, other):
+        return Tally(self.used + other.used, self.unscored + other.unscored, self.skipped + other.skipped)
+
+    def __str__(self):
+        unscored = f"{self.unscored} of them without a `pwatermark`, " if self.unscored else ""
+        return f"{self.used} samples used, {unscored}skipped: {describe(self.skipped)}"
+
+    def as_scalars(self):
+        """The tally for the trackers: {"samples/used": n, "samples/skipped/the_reason": n, ...}."""
+        reasons = {f"samples/skipped/{name.replace(' ', '_')}": count for name, count in sorted(self.skipped.items())}
+        unscored = {"samples/without_pwatermark": self.unscored} if self.unscored else {}
+        return {"samples/used": self.used, **unscored, **reasons}
+
+
 @dataclass
 class Item:
     """What a stream hands to the training process: a batch, or word that a whole pass gave nothing."""
@@ -92,8 +137,8 @@ class Item:
     empty_passes: int  # reported since `position`
     empty_share: list  # where `batch` is None: what was gone through, as `shard_order` gives it
     batch: dict | None
-    num_usable: int
-    problems: list = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)  # since the last item, but for what was skipped
+    problems: list = field(default_factory=list)  # which was this
 
     def pin_memory(self):
         """Called by the DataLoader, which pins nothing inside a class that it does not know."""
@@ -130,32 +175,54 @@ def expand_shards(patterns, option="--train_shards_path_or_url"):
     return present
 
 
-def shard_order(config, stream, pass_index):
-    """This stream's share of one pass, as a list of (shard, part, num_parts).
+def shard_parts(config):
+    """What is dealt out among the streams, as a list of (shard, part, num_parts): every `num_parts`-th of its samples.
 
-    All streams shuffle alike and deal the shards out among themselves. With fewer shards than streams several streams
-    open the same shard and each takes every `num_parts`-th sample of it. The deal moves on with each pass, so that in
-    `num_processes` passes with one order, every process sees every shard.
+    These are the shards, unless there are fewer of them than streams: then each is split into equally many parts.
     """
-    round_index, turn = divmod(pass_index, config.num_processes)
-    order = np.random.default_rng((config.seed, round_index)).permutation(len(config.shards))
-    slot = (stream + turn * config.streams_per_process) % config.num_streams
-    num_shards = len(config.shards)
-    if num_shards >= config.num_streams:
-        return [(config.shards[i], 0, 1) for i in order[slot :: config.num_streams]]
-    shard = slot % num_shards  # whatever the order, so that the shares are the same in every pass
-    return [(config.shards[shard], slot // num_shards, len(range(shard, config.num_streams, num_shards)))]
+    num_parts = -(-config.num_streams // len(config.shards))
+    return [(shard, part, num_parts) for shard in config.shards for part in range(num_parts)]
+
+
+def shard_order(config, stream, pass_index):
+    """This stream's share of one pass, as a list of (shard, part, num_parts) in the order of reading.
+
+    All streams shuffle the parts alike and cut them into shares, one for each. Where a stream has gone through its
+    share it takes the next one's, without waiting for it. So after `num_streams` shares each stream has used every
+    sample exactly once, whatever the sizes of the shards; then the parts are shuffled anew. In between the uses of two
+    samples differ by 1 or 2 where shares are of about the same size, and never by more than `num_streams`.
+    """
+    parts = shard_parts(config)
+    round_index, turn = divmod(pass_index, config.num_streams)
+    shuffled = np.random.default_rng((config.seed, round_index)).permutation(len(parts))
+    share = (stream + turn) % config.num_streams
+    first, last = (len(parts) * i // config.num_streams for i in (share, share + 1))
+    order = np.random.default_rng((config.seed, stream, pass_index)).permutation(shuffled[first:last])
+    return [parts[i] for i in order]
 
 
 # Streams.
 
 
-class Block:
-    """Up to `size` samples of one pass, read a few at a time so that reading goes on while the last block is used."""
+def num_bytes(sample):
+    """What a sample's members take in memory; 0 for a Problem."""
+    return sum(len(data) for data in sample.values() if isinstance(data, bytes)) if isinstance(sample, dict) else 0
 
-    def __init__(self, source, start, size):
-        self.source, self.start, self.size = source, start, size
-        self.samples, self.next_start = [], None
+
+class Block:
+    """Samples of one pass: up to `size` of them, or fewer where those take `max_bytes`.
+
+    They are read a few at a time, so that reading goes on while the last block is used.
+    """
+
+    def __init__(self, source, start, size, max_bytes):
+        self.source, self.start, self.size, self.max_bytes = source, start, size, max_bytes
+        self.samples, self.next_start, self.bytes = [], None, 0
+
+    def take(self, i):
+        """Sample `i`, which the block then no longer holds."""
+        sample, self.samples[i] = self.samples[i], None
+        return sample
 
     def read(self, count):
         """Read `count` samples more, or fewer if the block is full or the pass ends."""
@@ -165,8 +232,9 @@ class Block:
                 self.next_start = place
                 return
             self.samples.append(sample)
+            self.bytes += num_bytes(sample)
             count -= 1
-            if len(self.samples) == self.size:
+            if len(self.samples) == self.size or self.bytes >= self.max_bytes:
                 self.next_start = replace(place, block_index=self.start.block_index + 1)
 
 
@@ -187,7 +255,7 @@ class Stream:
             for shard_index, (url, part, num_parts) in enumerate(shard_order(self.config, self.id, pass_index)):
                 if shard_index < skip_shards:
                     continue
-                for member_index, sample in enumerate(read_shard(url)):
+                for member_index, sample in enumerate(read_shard(url, self.config.shard_timeout)):
                     if member_index >= skip_members and member_index % num_parts == part:
                         yield Position(pass_index, shard_index, member_index + 1), sample
                 skip_shards = skip_members = 0
@@ -196,24 +264,28 @@ class Stream:
     def shuffled(self):
         """Yield (position after it, rng of its own, sample), shuffled within blocks; a None sample ends a pass."""
         source = self.samples(self.start)
-        block = Block(source, self.start, self.config.shuffle_buffer_size)
+        new_block = partial(
+            Block, source, size=self.config.shuffle_buffer_size, max_bytes=self.config.shuffle_buffer_mb * 1e6
+        )
+        block = new_block(self.start)
         block.read(block.size)
         while True:
             start = block.start
-            ahead = Block(source, replace(block.next_start, taken=0), block.size)
+            ahead = new_block(replace(block.next_start, taken=0))
             order = self.rng(start.pass_index, start.block_index).permutation(len(block.samples))
-            for taken, i in enumerate(order):
-                if taken >= start.taken:
-                    rng = self.rng(start.pass_index, start.block_index, i)
-                    yield replace(start, taken=taken + 1), rng, block.samples[i]
-                    ahead.read(1)
+            for i in order[: start.taken]:
+                block.take(i)
+            for taken, i in enumerate(order[start.taken :], start.taken + 1):
+                rng = self.rng(start.pass_index, start.block_index, i)
+                yield replace(start, taken=taken), rng, block.take(i)
+                ahead.read(1)  # as many as were released, so that about one block is held in all
             if ahead.start.pass_index > start.pass_index:
                 yield ahead.start, None, None
             ahead.read(block.size)
             block = ahead
 
     def __iter__(self):
-        rows, problems, num_usable, usable_in_pass = [], [], 0, self.start.taken > 0
+        rows, problems, tally, usable_in_pass = [], [], Tally(), self.start.taken > 0
         batch_end, empty_passes = self.start, 0
         for position, rng, sample in self.shuffled():
             if sample is None:
@@ -221,8 +293,8 @@ class Stream:
                     empty_passes += 1
                     if empty_passes > self.reported:
                         share = shard_order(self.config, self.id, position.pass_index - 1)
-                        yield Item(self.index, batch_end, empty_passes, share, None, num_usable, problems)
-                    problems, num_usable = [], 0
+                        yield Item(self.index, batch_end, empty_passes, share, None, tally, problems)
+                    problems, tally = [], Tally()
                 usable_in_pass = False
                 continue
             if isinstance(sample, Problem):
@@ -231,20 +303,30 @@ class Stream:
             try:
                 rows.append(decode_sample(sample, self.config, rng))
                 usable_in_pass = True
-                num_usable += 1
+                tally.used += 1
+                tally.unscored += rows[-1]["unscored"]
             except Unusable as error:
                 reason, detail = error.args
                 problems.append(Problem(reason, f"{sample['__url__']}: {sample['__key__']}: {detail}"))
             if len(rows) == self.config.batch_size:
                 batch_end, empty_passes, self.reported = position, 0, 0
-                yield Item(self.index, batch_end, 0, [], collate(rows), num_usable, problems)
-                rows, problems, num_usable = [], [], 0
+                yield Item(self.index, batch_end, 0, [], collate(rows), tally, problems)
+                rows, problems, tally = [], [], Tally()
 
 
-def ignore_stop_signals(worker):
-    """Leave SIGTERM and SIGINT, which a terminal or SLURM sends to all processes of a run, to the training process."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def ignore_stop_signals(closing, worker):
+    """Leave SIGTERM and SIGINT, which a terminal or SLURM sends to all processes of a run, to the training process.
+
+    Once `closing` is set a SIGTERM comes from torch, to a worker that still waits for a shard.
+    """
+
+    def terminate(*_):
+        if closing.is_set():
+            end_children(psutil.Process())
+            os._exit(0)  # at once: a lock may be held by a worker that was killed
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, terminate)
 
 
 class Streams(torch.utils.data.IterableDataset):
@@ -257,17 +339,6 @@ class Streams(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         index = ((worker.id if worker else 0) + self.first) % self.config.streams_per_process
         return iter(Stream(self.config, index, self.positions[index], self.empty_passes[index]))
-
-
-def describe(skipped):
-    """A Counter of skips in one line, the most frequent reason first."""
-    return ", ".join(f"{count} x {reason}" for reason, count in skipped.most_common()) or "none"
-
-
-def as_scalars(num_used, skipped):
-    """The tally for the trackers: {"samples/used": n, "samples/skipped/the_reason": n, ...}."""
-    reasons = {f"samples/skipped/{reason.replace(' ', '_')}": count for reason, count in sorted(skipped.items())}
-    return {"samples/used": num_used, **reasons}
 
 
 class TrainingData:
@@ -283,16 +354,17 @@ class TrainingData:
         self.positions = [Position()] * config.streams_per_process
         self.empty_passes = [0] * config.streams_per_process
         self.next_stream = 0
-        self.num_used = 0
-        self.skipped = Counter()
+        self.tally = Tally()
 
     def state_dict(self):
         return {
+            "order": ORDER_VERSION,
             "positions": [asdict(position) for position in self.positions],
             "empty_passes": list(self.empty_passes),
             "next_stream": self.next_stream,
-            "num_used": self.num_used,
-            "skipped": dict(self.skipped),
+            "num_used": self.tally.used,
+            "num_unscored": self.tally.unscored,
+            "skipped": dict(self.tally.skipped),
         }
 
     def load_state_dict(self, state):
@@ -306,50 +378,107 @@ class TrainingData:
         self.positions = [Position(**position) for position in state["positions"]]
         self.empty_passes = list(state["empty_passes"])
         self.next_stream = state["next_stream"]
-        self.num_used = state["num_used"]
-        self.skipped = Counter(state["skipped"])
+        self.tally = Tally(state["num_used"], state.get("num_unscored", 0), Counter(state["skipped"]))
         places = [number for position in self.positions for number in asdict(position).values()]
-        for number in (*places, *self.empty_passes, self.next_stream, self.num_used, *self.skipped.values()):
+        counts = (self.tally.used, self.tally.unscored, *self.tally.skipped.values())
+        for number in (*places, *self.empty_passes, self.next_stream, *counts):
             if type(number) is not int or number < 0:
                 raise ValueError(f"{number!r} is no place in the data")
+        if state.get("order", 1) != ORDER_VERSION:
+            logger.warning(
+                "--resume_from_checkpoint: saved by a version that dealt out the shards in another order; the data "
+                "goes on from here in the new one, so that this is not the run that it would have been, bit for bit"
+            )
+
+    def start_new_cycle(self, states):
+        """Begin a new pass over all shards, in an order that was not used before, for a run that goes on with another
+        number of workers or processes.
+
+        `states` are those of all processes of the checkpoint; their tallies go to the first process.
+        """
+        passes = 1 + max(position["pass_index"] for state in states for position in state["positions"])
+        whole_cycles = -(-passes // self.config.num_streams)
+        self.positions = [Position(whole_cycles * self.config.num_streams)] * self.config.streams_per_process
+        if self.config.rank == 0:
+            tallies = [Tally(s["num_used"], s.get("num_unscored", 0), Counter(s["skipped"])) for s in states]
+            self.tally = sum(tallies, Tally())
 
     def totals(self):
-        """(samples used, Counter of skips by reason) over all processes, which all must call this."""
-        states = gather_object([(self.num_used, dict(self.skipped))])
-        return sum(used for used, _ in states), sum((Counter(skipped) for _, skipped in states), Counter())
+        """The Tally over all processes, which all must call this."""
+        return sum(gather_object([self.tally]), Tally())
 
     def note_problems(self, problems):
         """Count what was skipped, and log the first of each kind in full."""
         for problem in problems:
-            self.skipped[problem.reason] += 1
-            if self.skipped[problem.reason] == 1:
+            self.tally.skipped[problem.reason] += 1
+            if self.tally.skipped[problem.reason] == 1:
                 logger.warning("Skipped: %s (%s). Further ones are counted.", problem.reason, redact(problem.detail))
 
-    def __iter__(self):
+    def items(self):
+        """What the streams give, without end. Where a data worker dies all are started anew from the same place.
+
+        Raises UserError if workers die again and again, or run out of memory.
+        """
+        advice = "fewer --dataloader_num_workers, or a smaller --shuffle_buffer_mb, take less memory"
+        deaths = 0
+        while True:
+            try:
+                for item in self.load():
+                    yield item
+                    deaths = 0
+            except MemoryError as error:
+                raise UserError(f"--shuffle_buffer_mb: out of memory while data was read; {advice}") from error
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker (pid"):
+                    raise
+                deaths += 1
+                if deaths == MAX_DEATHS_IN_A_ROW:
+                    raise UserError(
+                        f"--dataloader_num_workers: data workers died {deaths} times in a row ({first_line(error)}); "
+                        f"if the machine ran out of memory: {advice}"
+                    ) from error
+                logger.warning("--dataloader_num_workers: %s; starting all of them anew", first_line(error))
+
+    def load(self):
+        """Yield the items of one DataLoader, which starts at `positions`."""
+        closing = multiprocessing.Event()
         loader = torch.utils.data.DataLoader(
             Streams(self.config, self.positions, self.empty_passes, self.next_stream),
             batch_size=None,
             num_workers=self.config.num_workers,
+            prefetch_factor=BATCHES_AHEAD if self.config.num_workers else None,
             pin_memory=torch.device(self.device).type == "cuda",
             generator=torch.Generator(),  # the loader's own draw must not move the global generator
-            worker_init_fn=ignore_stop_signals,
+            worker_init_fn=partial(ignore_stop_signals, closing),
         )
-        everything = {share for s in range(self.config.num_streams) for share in shard_order(self.config, s, 0)}
+        handler = signal.getsignal(signal.SIGCHLD)
+        items = iter(loader)
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            # torch's handler raises in the middle of a training step. Without it a death shows where a batch is asked
+            # for, at most 5 s later.
+            signal.signal(signal.SIGCHLD, handler)
+        try:
+            yield from items
+        finally:
+            closing.set()
+
+    def __iter__(self):
+        everything = set(shard_parts(self.config))
         without_use = set()
-        for item in loader:
+        for item in self.items():
             self.positions[item.stream] = item.position
             self.empty_passes[item.stream] = item.empty_passes
             self.next_stream = (item.stream + 1) % self.config.streams_per_process
-            self.num_used += item.num_usable
+            self.tally += item.tally
             self.note_problems(item.problems)
-            if item.num_usable:
+            if item.tally.used:
                 without_use.clear()
             if item.batch is None:
                 without_use.update(item.empty_share)
                 if without_use >= everything:
                     raise UserError(
                         "--train_shards_path_or_url: a whole pass over the shards gave no usable sample. "
-                        f"Skipped: {describe(self.skipped)}. A sample needs a picture "
+                        f"Skipped: {describe(self.tally.skipped)}. A sample needs a picture "
                         f"({', '.join(IMAGE_SUFFIXES)}) and a caption ({', '.join(CAPTION_SUFFIXES)}, or "
                         "--caption_key in its JSON), and must pass the filters"
                     )

@@ -11,7 +11,6 @@ import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
 from huggingface_hub import CommitOperationAdd, create_commit, create_repo
 
-import lcm_data
 import lcm_sharding
 from lcm_checkpoint import whole_entries
 from lcm_options import UserError, default_guidance_scale, first_line, repository_name
@@ -132,8 +131,8 @@ class Export:
 
     def finish(self, steps, seconds, data):
         """Write what was trained and the report to `output_dir`, push, and say where everything is."""
-        num_used, skipped = data.totals()
-        self.trackers.log(lcm_data.as_scalars(num_used, skipped), step=steps)
+        tally = data.totals()
+        self.trackers.log(tally.as_scalars(), step=steps)
         trained = self.trained.gathered()
         if self.accelerator.is_main_process:
             output_dir = self.args.output_dir
@@ -150,8 +149,7 @@ class Export:
                     f"--output_dir: cannot write to {output_dir!r}: {first_line(error)}; checkpoints are intact"
                 ) from error
             lines = [
-                f"\nTrained to step {steps}, {seconds:.0f} s in this session. {num_used} samples used, skipped: "
-                f"{lcm_data.describe(skipped)}.\n",
+                f"\nTrained to step {steps}, {seconds:.0f} s in this session. {tally}.\n",
                 *trained.describe(output_dir),
                 f"{output_dir}/scheduler: the scheduler that fits",
                 f"{output_dir}/validation: pictures; {output_dir}/{CURVES_FILE}: curves; {output_dir}/README.md: the "

@@ -11,7 +11,7 @@ from lcm_options import redact
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 60  # seconds without a byte
+TIMEOUT = 60  # seconds without a byte, after which the connection is opened anew
 WAITS = (1, 2, 4, 8, 16)  # seconds before each new try; a byte that arrives makes the count start anew
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # statuses that may be better a moment later
 
@@ -20,10 +20,12 @@ class HttpFile(io.RawIOBase):
     """The body of `url` as a stream of bytes.
 
     Reading raises OSError once all tries are used up, or at once for a status that will not change, such as 404.
+    `timeout` seconds without a byte, but at most TIMEOUT, end a try.
     """
 
-    def __init__(self, url):
-        self.url, self.offset, self.length, self.tries, self.response = url, 0, None, 0, None
+    def __init__(self, url, timeout=TIMEOUT):
+        self.url, self.timeout = url, min(timeout, TIMEOUT)
+        self.offset, self.length, self.tries, self.response = 0, None, 0, None
 
     def readable(self):
         return True
@@ -33,7 +35,7 @@ class HttpFile(io.RawIOBase):
         request = urllib.request.Request(self.url, headers={"User-Agent": "lcm-distill"})
         if self.offset:
             request.add_header("Range", f"bytes={self.offset}-")
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+        response = urllib.request.urlopen(request, timeout=self.timeout)
         try:
             start = self.offset if response.status == 206 else 0
             if response.length is not None:

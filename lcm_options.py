@@ -171,7 +171,7 @@ def add_output_options(parser):
         help="Go on from a checkpoint, by name in --output_dir or by path. `latest` starts anew if there is none.")
 
 
-def add_data_options(parser, resolution):
+def add_data_options(parser, resolution, max_watermark_probability=None):
     """Adds the options of the data, and returns their group for those of one script only."""
     group = parser.add_argument_group("data")
     add = group.add_argument
@@ -197,10 +197,15 @@ def add_data_options(parser, resolution):
         help="Key of the picture's original height in the JSON. Measured on the picture if unset.")
     add("--min_image_size", type=integer(0), default=0, metavar="PIXELS",
         help="Skip, and count, pictures whose shorter side is smaller.")
-    add("--max_watermark_probability", type=number(0, 1), metavar="P",
-        help="Skip, and count, samples whose JSON gives a larger `pwatermark`, or none.")
+    add("--max_watermark_probability", type=number(0, 1), default=max_watermark_probability, metavar="P",
+        help="Skip, and count, samples whose JSON gives a larger `pwatermark`. Those without are kept, and counted.")
     add("--shuffle_buffer_size", type=integer(1), default=1000, metavar="SAMPLES",
         help="Samples are shuffled in blocks of this many, in each data worker; a resume re-reads one such block.")
+    add("--shuffle_buffer_mb", type=number(0, above=0), default=512, metavar="MB",
+        help="A block ends early once its samples take this much memory, as they lie in the shard (10^6 bytes).")
+    add("--shard_timeout", type=number(0, above=0), default=300, metavar="SECONDS",
+        help="A shard's command that gives no byte for so long is ended, and the shard counted as unreadable. An "
+             "http(s):// connection is opened anew sooner.")
     add("--dataloader_num_workers", type=integer(0), default=0, metavar="N",
         help="Processes that read data; 0 reads in the training process.")
     return group

@@ -4,6 +4,7 @@ Nothing is ever unpickled: of a sample, only its picture, caption and JSON are r
 skipped silently: what cannot be used becomes a `Problem`, or raises `Unusable`, and is counted in `lcm_data`.
 """
 
+import contextlib
 import io
 import json
 import tarfile
@@ -12,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from webdataset.gopen import gopen, set_options
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from lcm_http import HttpFile
+from lcm_pipe import open_url
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_SUFFIXES = ("txt", "text", "caption")
@@ -76,27 +77,58 @@ class TarHeader(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from None
 
 
+class ShardUnreadable(Exception):
+    """Raised where the rest of a shard cannot be read; carries why."""
+
+
+@contextlib.contextmanager
+def broken_shard():
+    """For calls of libraries alone: what a broken shard makes them raise becomes ShardUnreadable.
+
+    tarfile raises nearly anything, TypeError and OverflowError among it. Running out of memory is no fault of a shard.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ShardUnreadable(str(error) or type(error).__name__) from error
+
+
 def tar_members(stream, url):
     """Yield the files of a tar as `group_by_keys` takes them; those that no sample is made of have None for data."""
-    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=TarHeader) as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()
-            if member.isreg():
-                limit = 0 if member.issparse() else max_size(member.name)  # a sparse file may unpack to any size
-                data = None
-                if limit:
-                    data = tar.extractfile(member).read() if member.size <= limit else TooLarge(member.size)
-                yield {"fname": member.name, "data": data, "__url__": url}
+    with broken_shard():
+        tar = tarfile.open(fileobj=stream, mode="r|*", tarinfo=TarHeader)  # noqa: SIM115 (the caller's)
+    while True:
+        with broken_shard():
+            member = tar.next()
+        if member is None:
+            return
+        tar.members.clear()
+        if not member.isreg():
+            continue
+        limit = 0 if member.issparse() else max_size(member.name)  # a sparse file may unpack to any size
+        data = TooLarge(member.size) if member.size > limit > 0 else None
+        if limit and member.size <= limit:
+            with broken_shard():
+                data = tar.extractfile(member).read()
+        yield {"fname": member.name, "data": data, "__url__": url}
 
 
-def open_shard(url):
-    """A shard's bytes as a stream: HttpFile for http(s)://, else what webdataset opens."""
-    if url.lower().startswith(("http://", "https://")):
-        return io.BufferedReader(HttpFile(url), buffer_size=1 << 20)
-    return gopen(url)
+@contextlib.contextmanager
+def open_shard(url, timeout):
+    """A shard's bytes as a stream: HttpFile for http(s)://, else what webdataset opens. `timeout` is in seconds."""
+    is_http = url.lower().startswith(("http://", "https://"))
+    opened = io.BufferedReader(HttpFile(url, timeout), buffer_size=1 << 20) if is_http else open_url(url, timeout)
+    with contextlib.ExitStack() as stack:
+        with broken_shard():
+            stream = stack.enter_context(opened)
+        yield stream
+        with broken_shard():  # the command may have failed
+            stack.close()
 
 
-def read_shard(url):
+def read_shard(url, timeout=300.0):
     """Yield the samples of one shard as dicts of bytes, and a Problem for each thing in it that cannot be read."""
     problems = []
 
@@ -105,21 +137,13 @@ def read_shard(url):
         return True
 
     try:
-        with open_shard(url) as opened:
-            # A webdataset Pipe's own `read` fails as soon as the command has, whatever is left in the pipe.
-            stream = getattr(opened, "stream", opened)
-            try:
-                for sample in group_by_keys(tar_members(stream, url), handler=note_duplicate):
-                    yield from problems
-                    problems.clear()
-                    yield sample
-            except GeneratorExit:
-                set_options(opened, ignore_errors=True)  # the command may well complain when it is not read to its end
-                raise
-    except Exception as error:  # a shard comes from outside: whatever is wrong with it, the run goes on
-        # Of a command that failed webdataset first tells every word, and with hf:// the user's token is one of them.
-        detail = str(error).rpartition("): ")[2] or type(error).__name__
-        problems.append(Problem("shard unreadable or cut short", f"{url}: {detail}"))
+        with open_shard(url, timeout) as stream:
+            for sample in group_by_keys(tar_members(stream, url), handler=note_duplicate):
+                yield from problems
+                problems.clear()
+                yield sample
+    except ShardUnreadable as error:
+        problems.append(Problem("shard unreadable or cut short", f"{url}: {error}"))
     yield from problems
 
 
@@ -129,7 +153,8 @@ def read_shard(url):
 def open_image(data):
     """Decode a picture as 8-bit RGB: upright after EXIF, 16-bit greys scaled, transparency over white.
 
-    Raises Unusable for anything that is not one whole picture, and for what Pillow holds for a decompression bomb.
+    Raises Unusable for anything that is not one whole picture, and for what Pillow holds for a decompression bomb;
+    MemoryError is no fault of the picture's, and is raised.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
@@ -145,9 +170,9 @@ def open_image(data):
         return image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise Unusable("picture too large", str(error)) from None
-    except Unusable:
+    except (Unusable, MemoryError):
         raise
-    except Exception as error:  # decoders raise nearly anything on broken input
+    except Exception as error:  # Pillow's decoders raise nearly anything on broken input
         raise Unusable("picture unreadable", str(error) or type(error).__name__) from None
 
 
@@ -214,7 +239,8 @@ def transform(image, config, rng):
 def decode_sample(sample, config, rng):
     """Turn a sample's bytes into what one row of a batch needs. Raises Unusable.
 
-    Returns a dict: `pixels` (3, H, W) uint8, `caption` str, `original_size` (height, width) and `crop` (top, left).
+    Returns a dict: `pixels` (3, H, W) uint8, `caption` str, `original_size` (height, width) and `crop` (top, left) in
+    pixels, and `unscored`: whether the filter on watermarks let it through because its JSON has no `pwatermark`.
     """
     for name, data in sample.items():
         if isinstance(data, TooLarge):
@@ -225,7 +251,8 @@ def decode_sample(sample, config, rng):
         raise Unusable("no picture", f"there is {found}, but no .{', .'.join(IMAGE_SUFFIXES)}")
     info = read_json(sample)
     caption = read_caption(sample, info, config.caption_key, rng)
-    if config.max_watermark_probability is not None:
+    is_scored = info.get("pwatermark") is not None
+    if is_scored and config.max_watermark_probability is not None:
         probability = json_number(info, "pwatermark")
         if probability > config.max_watermark_probability:
             raise Unusable("watermark too probable", f"{probability:.2f}")
@@ -237,7 +264,14 @@ def decode_sample(sample, config, rng):
     if rng.random() < config.proportion_empty_prompts:
         caption = ""
     pixels, crop = transform(image, config, rng)
-    return {"pixels": pixels, "caption": caption, "original_size": (int(height), int(width)), "crop": crop}
+    unscored = bool(info) and not is_scored and config.max_watermark_probability is not None
+    return {
+        "pixels": pixels,
+        "caption": caption,
+        "original_size": (int(height), int(width)),
+        "crop": crop,
+        "unscored": unscored,
+    }
 
 
 def collate(rows):

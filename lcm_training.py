@@ -208,6 +208,8 @@ def describe_run(args, accelerator, student, solver, data_config, steps_per_epoc
         f"Length: {args.max_train_steps} steps = {args.max_train_steps * total} samples{epochs}",
         f"Data: {len(data_config.shards)} shard(s), {data_config.num_streams} stream(s), {args.resolution} x "
         f"{args.resolution} pixels, seed {args.seed}",
+        f"Host memory for data, a process: up to {data_config.max_bytes / 1e9:.2g} GB, "
+        f"{data_config.streams_per_process} x {data_config.shuffle_buffer_mb:g} MB of it for --shuffle_buffer_mb",
         f"Distillation: {args.num_ddim_timesteps} DDIM steps, {guidance}, {args.loss_type} loss",
     ):
         logger.info(line)

@@ -35,7 +35,7 @@ def parse_args(argv=None):
     parser = make_parser(__doc__)
     add_model_options(parser)
     add_output_options(parser)
-    add_sdxl_options(add_data_options(parser, resolution=1024))
+    add_sdxl_options(add_data_options(parser, resolution=1024, max_watermark_probability=0.5))
     add_training_options(parser)
     distillation = add_distillation_options(parser, w_min=3.0, vae_encode_batch_size=8)
     add_full_model_options(distillation)

@@ -1,0 +1,72 @@
+"""How often each sample is used, for several numbers of shards and streams: python benchmarks/sample_uses.py
+
+A stream is a data worker of a process; all streams give equally many samples. The order is the training scripts' own;
+the shards are only counted, not read. A pass is as many samples as the shards hold, over all streams together.
+"""
+
+import argparse
+import itertools
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import lcm_data
+
+CASES = {  # name: sizes of the shards, streams
+    "3 equal shards, 4 streams": ([100] * 3, 4),
+    "shards of 200, 200 and 20, 4 streams": ([200, 200, 20], 4),
+    "20 equal shards, 64 streams": ([100] * 20, 64),
+    "1000 shards of 10 to 200, 8 streams": (np.random.default_rng(0).integers(10, 201, 1000).tolist(), 8),
+}
+
+
+def samples(stream):
+    """The samples of one stream, without end, as (shard, number)."""
+    return (sample for _, _, sample in stream.shuffled() if sample is not None)
+
+
+def uses(sizes, num_streams, num_passes, shuffle_buffer_size):
+    """Yield, after each of `num_passes` passes, a Counter of how often each sample was used."""
+    lcm_data.read_shard = lambda url, *_: ((int(url), i) for i in range(sizes[int(url)]))
+    config = lcm_data.DataConfig(
+        shards=tuple(map(str, range(len(sizes)))),
+        batch_size=1,
+        resolution=8,
+        seed=0,
+        shuffle_buffer_size=shuffle_buffer_size,
+        num_workers=num_streams,
+    )
+    streams = [samples(lcm_data.Stream(config, index)) for index in range(num_streams)]
+    counts = Counter({(shard, i): 0 for shard, size in enumerate(sizes) for i in range(size)})
+    turns = itertools.cycle(streams)
+    for _ in range(num_passes):
+        counts.update(next(next(turns)) for _ in range(sum(sizes)))
+        yield counts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passes", type=int, nargs="+", default=[1, 4, 20])
+    parser.add_argument("--shuffle_buffer_size", type=int, default=1000)
+    args = parser.parse_args()
+    print("| shards and streams | passes | least | most | ratio | by shard, least to most |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, (sizes, num_streams) in CASES.items():
+        for number, counts in enumerate(uses(sizes, num_streams, max(args.passes), args.shuffle_buffer_size), 1):
+            if number not in args.passes:
+                continue
+            least, most = min(counts.values()), max(counts.values())
+            by_shard = Counter()
+            for (shard, _), count in counts.items():
+                by_shard[shard] += count / sizes[shard]
+            ratio = f"{most / least:.2f}" if least else "-"
+            ends = f"{min(by_shard.values()):.2f} to {max(by_shard.values()):.2f}"
+            print(f"| {name} | {number} | {least} | {most} | {ratio} | {ends} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
