@@ -201,9 +201,9 @@ def add_data_options(parser, resolution, max_watermark_probability=None):
         help="Skip, and count, samples whose JSON gives a larger `pwatermark`. Those without are kept, and counted.")
     add("--shuffle_buffer_size", type=integer(1), default=1000, metavar="SAMPLES",
         help="Samples are shuffled in blocks of this many, in each data worker; a resume re-reads one such block.")
-    add("--shuffle_buffer_mb", type=number(0, above=0), default=512, metavar="MB",
+    add("--shuffle_buffer_mb", type=number(0, above=0), default=512.0, metavar="MB",
         help="A block ends early once its samples take this much memory, as they lie in the shard (10^6 bytes).")
-    add("--shard_timeout", type=number(0, above=0), default=300, metavar="SECONDS",
+    add("--shard_timeout", type=number(0, high=86400, above=0), default=300.0, metavar="SECONDS",
         help="A shard's command that gives no byte for so long is ended, and the shard counted as unreadable. An "
              "http(s):// connection is opened anew sooner.")
     add("--dataloader_num_workers", type=integer(0), default=0, metavar="N",

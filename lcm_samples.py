@@ -264,7 +264,7 @@ def decode_sample(sample, config, rng):
     if rng.random() < config.proportion_empty_prompts:
         caption = ""
     pixels, crop = transform(image, config, rng)
-    unscored = bool(info) and not is_scored and config.max_watermark_probability is not None
+    unscored = sample.get("json") is not None and not is_scored and config.max_watermark_probability is not None
     return {
         "pixels": pixels,
         "caption": caption,

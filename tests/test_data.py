@@ -400,6 +400,17 @@ def test_what_cannot_be_used_is_counted(tmp_path, bad, options, reason):
     assert dict(data.tally.skipped) == {reason: 1} and data.tally.used == 1
 
 
+@pytest.mark.parametrize("json", [b"{}", b'{"pwatermark": null}', None])
+def test_samples_without_a_score_pass_the_filter_and_are_counted(tmp_path, json):
+    """As in the public scripts. Where there is no JSON at all nothing is counted: such a data set has no scores."""
+    path = write_tar(tmp_path / "a.tar", members("a", "x", json=json) + members("b", "y", json=b'{"pwatermark": 0.1}'))
+    for limit, counted in ((0.5, json is not None), (None, False)):
+        data = TrainingData(config(path, max_watermark_probability=limit))
+        assert captions(take(data, 2)) == ["x", "y"] and not data.tally.skipped
+        assert data.tally.unscored == counted
+    assert lcm_data.Tally(3, 2).as_scalars() == {"samples/used": 3, "samples/without_pwatermark": 2}
+
+
 def test_sizes_come_from_the_json_or_from_the_picture(tmp_path):
     path = write_tar(tmp_path / "a.tar", members("a", "x", json=b'{"w": 640.0, "h": 480}'))
     named = take(TrainingData(config(path, width_key="w", height_key="h", min_image_size=480)), 1)[0]

@@ -102,6 +102,8 @@ VALUES = [
     ("min_image_size", ["-1", "a"], ["0"], "an integer of at least 0"),
     ("max_watermark_probability", ["-0.1", "2", "nan"], ["0", "1"], "at least 0 and at most 1"),
     ("shuffle_buffer_size", ["0"], ["1"], AT_LEAST_1),
+    ("shuffle_buffer_mb", ["0", "-1", "nan"], ["0.1", "4000"], "a number larger than 0"),
+    ("shard_timeout", ["0", "-1", "inf", "1e9"], ["0.5", "86400"], "a number larger than 0 and at most 86400"),
     ("dataloader_num_workers", ["-1", "two"], ["0", "2"], "an integer of at least 0"),
     ("train_batch_size", ["0", "1.5"], ["1"], AT_LEAST_1),
     ("gradient_accumulation_steps", ["0"], ["1"], AT_LEAST_1),

@@ -45,6 +45,7 @@ import lcm_data
 import lcm_progress
 import lcm_training
 import lcm_validation
+from lcm_samples import read_shard
 
 FULL, LORA = ("sd", "sdxl"), ("lora_sd", "lora_sdxl")
 ALL = FULL + LORA
@@ -756,6 +757,24 @@ def test_shuffling(run, tmp_path):
     assert sorted(halves[:5]) == list(range(5)) and halves != list(range(10))
 
 
+@covers("shuffle_buffer_mb", by=ALL)
+def test_shuffling_within_a_bound_of_memory(run, tmp_path):
+    shard = write_shards(tmp_path, num_shards=1)
+    samples = list(read_shard(shard.replace("{00000..00000}", "00000")))
+    five = sum(lcm_data.num_bytes(sample) for sample in samples[:5]) / 1e6
+    done = run(f"--shuffle_buffer_mb={five}", "--shuffle_buffer_size=10", "--train_batch_size=5", shards=shard)
+    halves = [int(caption.split()[-1]) for caption in done.captions]
+    assert sorted(halves[:5]) == list(range(5)) and halves != list(range(10))
+    assert f"up to {five / 1e3 + 5 * 3 * 16**2 / 1e9:.2g} GB" in done.log
+
+
+@covers("shard_timeout", by=ALL)
+def test_a_shard_that_stalls(run, shards):
+    stalled = "--train_shards_path_or_url=pipe:sleep 1236"
+    done = run(stalled, "--shard_timeout=0.2", "--train_batch_size=16", shards=shards)
+    assert done.status == 0 and "no byte for 0.2 s" in done.log and "x shard unreadable" in done.printed
+
+
 @covers("caption_key")
 def test_caption_key(run, json_shard):
     whole_pass = ("--train_batch_size=5",)
@@ -785,13 +804,17 @@ def test_sizes_from_the_json_and_from_the_picture(run, json_shard):
 
 
 @covers("max_watermark_probability")
-def test_watermarks(run, json_shard):
+def test_watermarks(run, json_shard, tmp_path):
     done = run("--max_watermark_probability=0.5", "--train_batch_size=5", shards=json_shard)
     assert set(done.captions) == {f"caption {i}" for i in range(0, 10, 2)}
     assert "x watermark too probable" in done.printed
     assert "skipped: none" in run("--max_watermark_probability=0.75", shards=json_shard).printed
     assert "10 x watermark too probable" in run("--max_watermark_probability=0.1", shards=json_shard).error()
-    assert run("--max_watermark_probability=0.5").status == 1  # shards without the number
+    assert "without a `pwatermark`" not in done.printed
+    unscored = write_shards(tmp_path, with_json=True)
+    kept = run("--max_watermark_probability=0", shards=unscored).printed  # as the public scripts keep them
+    assert "4 samples used, 4 of them without a `pwatermark`, skipped: none" in kept
+    assert "pwatermark" not in run("--max_watermark_probability=0").printed  # there is no JSON
 
 
 # Length and batches.

@@ -95,6 +95,8 @@ OWN_COMMON = {
     "min_image_size": 0,
     "max_watermark_probability": None,
     "shuffle_buffer_size": 1000,
+    "shuffle_buffer_mb": 512.0,
+    "shard_timeout": 300.0,
     "logging_steps": 10,
     "validation_negative_prompt": None,
     "num_validation_images": 1,
@@ -105,8 +107,9 @@ OWN_COMMON = {
     "hub_private": True,
 }
 OWN_LORA = {"ema_decay": None, "validation_guidance_scale": [1.0]}
+OWN_SDXL = {"max_watermark_probability": 0.5}
 DEFAULTS = {
-    name: public | OWN_COMMON | (OWN_LORA if name.startswith("lora") else {})
+    name: public | OWN_COMMON | (OWN_LORA if name.startswith("lora") else {}) | (OWN_SDXL if "sdxl" in name else {})
     for name, public in PUBLIC_DEFAULTS.items()
 }
 # The types of the public options that are unset by default, or 0; the others have the type of their default.
