@@ -284,7 +284,7 @@ def write(folder, results, pictures, prompts):
 
 
 def main(argv=None):
-    run(evaluate, parse_args(argv))
+    run(evaluate, parse_args(argv), interrupted="Stopped before the table was written.")
 
 
 if __name__ == "__main__":

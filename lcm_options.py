@@ -468,8 +468,11 @@ def default_guidance_scale(args):
     return min(max(7.5, args.w_min + 1), args.w_max + 1)
 
 
-def run(train, args):
-    """Call `train(args)`; a UserError becomes one line on standard error and exit status 1."""
+def run(train, args, interrupted="Stopped before the first step."):
+    """Call `train(args)`; a UserError becomes one line on standard error and exit status 1.
+
+    `interrupted` is what Ctrl-C prints; a training run takes it as a signal from its first step to its end.
+    """
     # What the libraries say while they are imported (absent torchvision, absent kernels) concerns nothing here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -483,8 +486,8 @@ def run(train, args):
             call()
         print(f"{error}".replace("\n", " "), file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:  # before the loop, which takes signals otherwise
-        print("\nStopped before the first step.", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
     BEFORE_ERROR.clear()  # the last reference to what the run built
     for call in AT_END:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lcm_common import relative_distance
-from lcm_options import BEFORE_ERROR, UserError
+from lcm_options import AT_END, BEFORE_ERROR, UserError
 from lcm_training import samples_per_step
 
 logger = logging.getLogger(__name__)
@@ -32,10 +32,12 @@ QUARTERS = 4  # of the teacher's timesteps
 
 
 class StopSignals:
-    """SIGTERM and SIGINT, which ask for a checkpoint and a clean end after the current step; a second ends at once."""
+    """SIGTERM and SIGINT. In the loop they ask for a checkpoint and a clean end after the current step; after it the
+    pictures and results are finished, which is all there is left to do. A second one ends at once.
+    """
 
-    def __init__(self, speaks):
-        self.received, self.speaks = None, speaks
+    def __init__(self, speaks, after_loop=False):
+        self.received, self.speaks, self.after_loop = None, speaks, after_loop
         self.previous = {}
         if threading.current_thread() is threading.main_thread():  # nowhere else can a handler be set
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -47,7 +49,10 @@ class StopSignals:
             signal.raise_signal(number)
         self.received = signal.Signals(number).name
         if self.speaks:
-            words = f"\n{self.received}: finishing the step, then saving a checkpoint; once more ends at once\n"
+            what = "finishing the step, then saving a checkpoint"
+            if self.after_loop:
+                what = "all steps are done; finishing pictures, results and uploads"
+            words = f"\n{self.received}: {what}; once more ends at once\n"
             os.write(sys.stderr.fileno(), words.encode())  # logging may be in the middle of a line
 
     def restore(self):
@@ -151,9 +156,10 @@ class Progress:
         self.file = MetricsFile(args.output_dir)
         if accelerator.is_main_process:
             self.file.go_on_from(first_step)
-        self.signals = StopSignals(speaks=accelerator.is_local_main_process)
+        self.signals = StopSignals(accelerator.is_local_main_process, after_loop=first_step >= args.max_train_steps)
         self.stopping = False
-        BEFORE_ERROR.append(self.close)
+        BEFORE_ERROR.extend([self.close, self.signals.restore])
+        AT_END.append(self.signals.restore)
         self.started = self.last = time.perf_counter()
         self.waited = 0.0
         self.sums = torch.zeros(2, QUARTERS, device=accelerator.device)  # losses, counts
@@ -188,6 +194,8 @@ class Progress:
         finite. With fp16 the gradient scaler skips a step whose gradients overflow, so that only many such steps in a
         row are an error.
         """
+        # Before `received` is read: a signal that comes between the two saves a checkpoint, and promises none.
+        self.signals.after_loop = step >= self.args.max_train_steps
         stop = self.sums.new_tensor([float(self.signals.received is not None)])
         shared = self.accelerator.reduce(torch.cat([self.sums.flatten(), stop]), reduction="sum")
         alike = [gradient_norm]  # on all processes
@@ -251,8 +259,7 @@ class Progress:
             self.file.append({"step": step, **metrics})
 
     def close(self):
-        """End the bar, and take signals as before; returns the seconds since it began."""
-        self.signals.restore()
+        """End the bar; returns the seconds since it began."""
         self.bar.close()
         self.log_above_bar.close()
         return time.perf_counter() - self.started
