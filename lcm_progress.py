@@ -6,6 +6,7 @@ step, and the host waits for the device once.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -27,6 +28,8 @@ from lcm_training import samples_per_step
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+IN_EVERY_ROW = {"step", "loss", "lr", "images_per_second"}  # of that file
+START_OF_A_ROW = '{"step": '
 MAX_SKIPPED_IN_A_ROW = 50  # the scaler halves its scale of 65536 at each: by then no scale is left
 QUARTERS = 4  # of the teacher's timesteps
 
@@ -70,40 +73,79 @@ class MetricsFile:
         self.has_failed = False
 
     def read(self):
-        """All rows, as dicts; a line that a kill has cut is left out."""
-        rows = []
+        """The rows, as dicts of numbers."""
+        return self.read_lines()[0]
+
+    def read_lines(self):
+        """The rows, as dicts of numbers, and how many lines are none; a row that a kill has cut does not count."""
+        rows, others = [], 0
         if os.path.isfile(self.path):
             with open(self.path, encoding="utf-8", errors="replace") as file:
                 for line in file:
                     try:
-                        rows.append(json.loads(line))
+                        row = json.loads(line)
                     except ValueError:
+                        others += line.endswith("\n") or not line.startswith(START_OF_A_ROW[: len(line)])
                         continue
-        return rows
+                    if is_row(row):
+                        rows.append(row)
+                    else:
+                        others += 1
+        return rows, others
 
     def go_on_from(self, step):
-        """Drop the rows after `step`, which are about to be trained again, and those of an earlier run."""
-        rows = [row for row in self.read() if row["step"] <= step]
-        with open(self.path + ".partial", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        os.replace(file.name, self.path)
+        """Drop the rows after `step`, which are about to be trained again, and those of an earlier run.
+
+        A file that holds anything else is another program's, or was edited: it is kept under another name.
+        """
+        try:
+            rows, others = self.read_lines()
+            if others:
+                kept = next(name for i in itertools.count(1) if not os.path.exists(name := f"{self.path}.{i}"))
+                os.rename(self.path, kept)
+                logger.warning("%d line(s) of %s are no metrics of a run; it is now %s", others, self.path, kept)
+            with open(self.path + ".partial", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+            os.replace(file.name, self.path)
+        except OSError as error:
+            self.warn(error)
 
     def append(self, row):
-        """Add one row; a failure is logged once, for numbers are not worth a run."""
+        """Add one row."""
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        except OSError as error:  # a full disk
-            if not self.has_failed:
-                logger.warning("Metrics are not written to %s: %s", self.path, error)
-            self.has_failed = True
+        except OSError as error:
+            self.warn(error)
+
+    def warn(self, error):
+        """Log once that metrics cannot be written, as on a full disk: numbers are not worth a run."""
+        if not self.has_failed:
+            logger.warning("Metrics are not written to %s: %s", self.path, error)
+        self.has_failed = True
+
+
+def is_row(value):
+    """Whether the JSON value of a line is a row of `metrics.jsonl`."""
+    if not isinstance(value, dict) or not value.keys() >= IN_EVERY_ROW or type(value["step"]) is not int:
+        return False
+    return all(type(number) in (int, float) for number in value.values())
 
 
 def peak_memory(device):
-    """The most memory that this process had, in bytes: of the GPU, or without one of the machine."""
+    """The most memory in bytes: of the GPU since `reset_peak_memory`, or without one of this process in its life."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory(device):
+    """Begin to measure `peak_memory` again, without waiting for the device; a process's own peak is left as it is.
+
+    Linux can reset that one, too, but for everyone: `time -v` and cluster managers would then report too little.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 class Window:
@@ -113,6 +155,7 @@ class Window:
         self.losses, self.counts = [0.0] * QUARTERS, [0] * QUARTERS  # of samples, by quarter of the timesteps
         self.gradient_norms, self.steps = [], 0
         self.seconds = self.waited = 0.0
+        self.peak_memory = 0  # bytes, of the step that took most
 
     def add(self, losses, counts, gradient_norm):
         self.losses = [a + b for a, b in zip(self.losses, losses, strict=True)]
@@ -162,6 +205,7 @@ class Progress:
         AT_END.append(self.signals.restore)
         self.started = self.last = time.perf_counter()
         self.waited = 0.0
+        reset_peak_memory(accelerator.device)
         self.sums = torch.zeros(2, QUARTERS, device=accelerator.device)  # losses, counts
         self.window = Window()
         self.skipped_in_a_row = 0
@@ -175,8 +219,9 @@ class Progress:
             started = time.perf_counter()
 
     def restart_clock(self):
-        """Leave what was done since the last step, pictures and checkpoints, out of the speed that is shown."""
+        """Leave what was done since the last step, pictures and checkpoints, out of the speed and memory of steps."""
         self.last = time.perf_counter()
+        reset_peak_memory(self.accelerator.device)
 
     def add_losses(self, losses, t):
         """Keep the losses of one forward pass and their timesteps, both (B,), without waiting for them."""
@@ -235,6 +280,7 @@ class Progress:
         self.window.seconds += seconds
         self.window.waited += self.waited
         self.waited = 0.0
+        self.window.peak_memory = max(self.window.peak_memory, peak_memory(self.accelerator.device))
         images_per_second = self.samples_per_step * self.window.steps / self.window.seconds
         waited = self.window.waited / self.window.seconds
         self.bar.update(1)
@@ -249,7 +295,7 @@ class Progress:
             "lr": learning_rate,
             "images_per_second": images_per_second,
             "data_wait": min(waited, 1.0),
-            "peak_memory_gb": peak_memory(self.accelerator.device) / 1e9,
+            "peak_memory_gb": self.window.peak_memory / 1e9,
         }
         if self.distance:
             metrics["ema_distance"] = self.distance[0]
