@@ -243,6 +243,19 @@ def test_several_guidance_scales(teacher, shards, logged, tmp_path):
         assert drawn == {"6", "9"}
 
 
+def test_guidance_outside_of_the_trained_range_is_warned_about(teacher, shards, tmp_path, capfd):
+    """Where it is an input of the network; a LoRA's is another matter."""
+    more = ["--max_train_steps=1", "--w_min=2", "--w_max=4", "--validation_guidance_scale"]
+    for name, scales, warning in (
+        ("sd", ["2.9", "3", "5", "5.5"], "--validation_guidance_scale: 2.9, 5.5 lies outside of [3, 5]"),
+        ("sd", ["3", "5"], None),
+        ("lora_sd", ["1", "7"], None),
+    ):
+        Script(name, teacher, shards, SCRIPTS[name]).main(tmp_path / name, *more, *scales)
+        log = capfd.readouterr().err
+        assert warning in log if warning else "--validation_guidance_scale" not in log
+
+
 def test_prompts_from_a_file(teacher, shards, logged, tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffa red three\r\n\r\n  ein grünes Pferd \n".encode())
     script = Script("lora_sd", teacher, shards, SCRIPTS["lora_sd"])
