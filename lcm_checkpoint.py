@@ -230,6 +230,7 @@ class Checkpoints:
                     "options": public_options(self.args),
                     "data": data_states,
                     "lr_scheduler": self.lr_scheduler.state_dict(),
+                    "trackers": self.trackers.runs,
                 }
                 with open(os.path.join(folder + PARTIAL, STATE_FILE), "w", encoding="utf-8") as file:
                     json.dump(state, file, indent=2)
@@ -280,6 +281,8 @@ class Checkpoints:
             raise
         except Exception as error:  # a damaged file makes the libraries raise nearly anything
             raise UserError(f"--resume_from_checkpoint: cannot load {folder!r}: {first_line(error)}") from error
+        if os.path.samefile(os.path.dirname(os.path.abspath(folder)), self.args.output_dir):
+            self.trackers.runs = state.get("trackers", {})  # from elsewhere it is a branch, with a run of its own
         logger.info("Going on from %s", folder)
         for later in list_checkpoints(self.args.output_dir):
             if int(later.rpartition("-")[2]) > state["step"]:

@@ -15,7 +15,8 @@ import lcm_sharding
 from lcm_checkpoint import whole_entries
 from lcm_options import UserError, default_guidance_scale, first_line, repository_name
 from lcm_progress import METRICS_FILE, MetricsFile
-from lcm_report import draw_curves, model_card, teacher_name
+from lcm_report import draw_curves, model_card, report_name, teacher_name
+from lcm_validation import pages_of
 
 logger = logging.getLogger(__name__)
 
@@ -138,12 +139,18 @@ class Export:
             output_dir = self.args.output_dir
             code = trained.usage_code(self.args.pretrained_teacher_model, output_dir, on_hub=False)
             self.draw_curves()
-            pictures = {what: os.path.relpath(path, output_dir) for what, path in self.pictures(steps).items()}
+            pictures = {
+                what: [os.path.relpath(path, output_dir) for path in paths]
+                for what, paths in self.pictures(steps).items()
+            }
+            report = report_name(output_dir, "model_card")
+            if report != "README.md":
+                logger.warning("%s/README.md is not a run's report and stays; the report is %s", output_dir, report)
             try:
                 with whole_entries(output_dir) as folder:
                     trained.export(folder)
                     card = model_card(self.args, trained, code, steps, pictures)
-                    card.save(os.path.join(folder, "README.md"))
+                    card.save(os.path.join(folder, report))
             except Exception as error:  # for a full disk safetensors raises an error of its own
                 raise UserError(
                     f"--output_dir: cannot write to {output_dir!r}: {first_line(error)}; checkpoints are intact"
@@ -152,7 +159,7 @@ class Export:
                 f"\nTrained to step {steps}, {seconds:.0f} s in this session. {tally}.\n",
                 *trained.describe(output_dir),
                 f"{output_dir}/scheduler: the scheduler that fits",
-                f"{output_dir}/validation: pictures; {output_dir}/{CURVES_FILE}: curves; {output_dir}/README.md: the "
+                f"{output_dir}/validation: pictures; {output_dir}/{CURVES_FILE}: curves; {output_dir}/{report}: the "
                 "report with both",
                 f"{output_dir}/{METRICS_FILE}, {output_dir}/{self.args.logging_dir}: the curves as numbers\n",
             ]
@@ -170,12 +177,12 @@ class Export:
             logger.warning("No curves: %s", first_line(error))
 
     def pictures(self, steps):
-        """Paths of those pictures of the report that there are: {"validation": path, "training": path}."""
-        paths = {
-            "validation": os.path.join(self.args.output_dir, "validation", f"step-{steps:06d}.png"),
-            "training": os.path.join(self.args.output_dir, CURVES_FILE),
+        """Paths of those pictures of the report that there are: {"validation": pages, "training": curves}, lists."""
+        curves = os.path.join(self.args.output_dir, CURVES_FILE)
+        return {
+            "validation": pages_of(self.args.output_dir, steps),
+            "training": [curves] if os.path.isfile(curves) else [],
         }
-        return {what: path for what, path in paths.items() if os.path.isfile(path)}
 
     def stop(self, steps, seconds):
         """Say where a run that was told to stop goes on."""
@@ -195,12 +202,16 @@ class Export:
         """
         output_dir = self.args.output_dir
         code = self.trained.usage_code(teacher_name(self.args), self.repo_id, on_hub=True)
-        pictures = self.pictures(steps)
-        card = model_card(self.args, self.trained, code, steps, {what: f"{what}.png" for what in pictures})
+        pictures = {  # {path in the repository: path here}
+            what: {f"{what}{f'-{i}' if len(paths) > 1 else ''}.png": path for i, path in enumerate(paths, 1)}
+            for what, paths in self.pictures(steps).items()
+        }
+        card = model_card(self.args, self.trained, code, steps, {what: [*names] for what, names in pictures.items()})
         files = {
             **self.trained.pushed_files(output_dir),
             "scheduler/scheduler_config.json": os.path.join(output_dir, "scheduler", "scheduler_config.json"),
-            **{f"{what}.png": path for what, path in pictures.items()},
+            **pictures["validation"],
+            **pictures["training"],
             "README.md": str(card).encode(),
         }
         try:

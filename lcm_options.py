@@ -32,6 +32,14 @@ SCHEDULERS = {
     "lcm": ("LCMScheduler", {}),
 }
 
+# What accelerate can log to, and the packages of which each needs one.
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    **{name: (name,) for name in (
+        "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio",
+    )},
+}  # fmt: skip
+
 BEFORE_ERROR = []  # callables that `run` calls before it prints an error; the progress bar puts its `close` here
 AT_END = []  # and those that it calls when all that `train` built is gone
 
@@ -157,8 +165,9 @@ def add_output_options(parser):
         help="Decides data order, noise, timesteps and guidance. Drawn, logged and stored if not given.")
     add("--logging_dir", type=text, default="logs", metavar="FOLDER",
         help="Folder of the trackers' files, inside --output_dir.")
-    add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "comet_ml", "all", "none"],
-        help="Where losses and pictures are logged; `all` takes every tracker that is installed.")
+    add("--report_to", default="tensorboard", choices=[*TRACKERS, "all", "none"],
+        help="Where metrics and pictures are logged; `all` takes every tracker that is installed. mlflow, dvclive and "
+             "trackio get metrics alone.")
     add("--tracker_project_name", type=text, default="text2image-fine-tune", metavar="NAME",
         help="The project under which the trackers file this run.")
     add("--logging_steps", type=integer(1), default=10, metavar="STEPS",
@@ -382,10 +391,10 @@ def parse(parser, argv=None):
          f"{most} given; allowed: at most --num_ddim_timesteps, {args.num_ddim_timesteps}")
     need(not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes"), "--use_8bit_adam",
          "the package bitsandbytes is not installed")
-    need(args.report_to in ("all", "none") or importlib.util.find_spec(args.report_to), "--report_to",
-         f"{args.report_to} given, but the package {args.report_to} is not installed")
-    need(not (args.report_to in ("wandb", "comet_ml", "all") and args.hub_token), "--hub_token",
-         "the tracker would record it with the command line; use `hf auth login` or HF_TOKEN instead")
+    need(args.report_to in ("all", "none") or any(map(importlib.util.find_spec, TRACKERS[args.report_to])),
+         "--report_to", f"{args.report_to} given, but the package {args.report_to} is not installed")
+    need(args.report_to in ("tensorboard", "none") or not args.hub_token, "--hub_token",
+         "trackers may record it with the command line; use `hf auth login` or HF_TOKEN instead")
     name = repository_name(args)
     need(not args.push_to_hub or is_repository_name(name), "--hub_model_id",
          f"{name!r} is no name on the Hub; allowed: NAME or USER/NAME, of letters, digits, -, _ and .")
@@ -473,8 +482,11 @@ def default_guidance_scale(args):
     return min(max(7.5, args.w_min + 1), args.w_max + 1)
 
 
-def run(train, args):
-    """Call `train(args)`; a UserError becomes one line on standard error and exit status 1."""
+def run(train, args, interrupted="Stopped before the first step."):
+    """Call `train(args)`; a UserError becomes one line on standard error and exit status 1.
+
+    `interrupted` is what Ctrl-C prints; a training run takes it as a signal from its first step to its end.
+    """
     # What the libraries say while they are imported (absent torchvision, absent kernels) concerns nothing here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -488,8 +500,8 @@ def run(train, args):
             call()
         print(f"{error}".replace("\n", " "), file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:  # before the loop, which takes signals otherwise
-        print("\nStopped before the first step.", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
     BEFORE_ERROR.clear()  # the last reference to what the run built
     for call in AT_END:

@@ -1,5 +1,7 @@
 """The training report: a model card with the curves and the pictures, in the output folder and on the Hub."""
 
+import contextlib
+import itertools
 import os
 
 import numpy as np
@@ -66,10 +68,30 @@ def base_licence(args):
         return None
 
 
+def mark(kind):
+    """The line by which a report of ours is known: `kind` is model_card or evaluation."""
+    return f"<!-- {kind}: the next one in this folder replaces this file -->"
+
+
+def report_name(folder, kind):
+    """The name under which a report goes into `folder`: README.md, unless that is not ours; then model_card.md, ...
+
+    The first name that is free, or whose file has the `mark` of that kind.
+    """
+    names = itertools.chain(["README.md", f"{kind}.md"], (f"{kind}-{i}.md" for i in itertools.count(2)))
+    for name in names:
+        path = os.path.join(folder, name)
+        if not os.path.lexists(path):
+            return name
+        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+            if mark(kind) in file.read().splitlines():
+                return name
+
+
 def model_card(args, trained, code, steps, pictures):
     """The model card: what this is, how to sample from it (`code`), how it was trained.
 
-    `pictures` has the addresses of those that there are: `validation`, `training`.
+    `pictures` has the addresses of those that there are: `validation`, one for each page, `training`.
     """
     is_local = os.path.isdir(args.pretrained_teacher_model)
     data = ModelCardData(
@@ -93,8 +115,12 @@ def model_card(args, trained, code, steps, pictures):
         "seed": args.seed,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in options.items())
-    validation = f"\n![Validation pictures]({pictures['validation']})\n" if "validation" in pictures else ""
-    curves = f"\n![Curves of the training]({pictures['training']})\n" if "training" in pictures else ""
+    first, *others = pictures["validation"] or [None]
+    validation = f"\n![Validation pictures]({first})\n" if first else ""
+    if others:
+        pages = ", ".join(f"[{number}]({address})" for number, address in enumerate(others, 2))
+        validation += f"\nThe other pages of them: {pages}.\n"
+    curves = "".join(f"\n![Curves of the training]({address})\n" for address in pictures["training"])
     return ModelCard(f"""\
 ---
 {data.to_yaml()}
@@ -115,4 +141,6 @@ def model_card(args, trained, code, steps, pictures):
 | | |
 | --- | --- |
 {table}
+
+{mark("model_card")}
 """)

@@ -118,7 +118,9 @@ TYPES = {
     "proportion_empty_prompts": float,
 }  # fmt: skip
 CHOICES = {
-    "report_to": ["tensorboard", "wandb", "comet_ml", "all", "none"],
+    "report_to": [
+        "tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio", "all", "none",
+    ],
     "interpolation_type": ["bilinear", "bicubic", "box", "nearest", "nearest_exact", "hamming", "lanczos"],
     "lr_scheduler": [
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
