@@ -15,7 +15,7 @@ import lcm_sharding
 from lcm_checkpoint import whole_entries
 from lcm_options import UserError, default_guidance_scale, first_line, repository_name
 from lcm_progress import METRICS_FILE, MetricsFile
-from lcm_report import draw_curves, model_card, report_name, teacher_name
+from lcm_report import Machine, draw_curves, model_card, report_name, teacher_name
 from lcm_validation import pages_of
 
 logger = logging.getLogger(__name__)
@@ -85,24 +85,27 @@ class FullModel:
         folder = os.path.join(output_dir, self.exported)
         return {name: os.path.join(folder, name) for name in sorted(os.listdir(folder))}
 
-    def usage_code(self, teacher, source, on_hub):
-        """Python that samples from what lies at `source`, a repository if `on_hub`, else this run's output folder."""
+    def usage_code(self, teacher, source, on_hub, machine):
+        """Python that samples from `source`, a repository if `on_hub`, else this run's output folder, on a Machine."""
         args = self.args
         where = "" if on_hub else f', subfolder="{self.exported}"'
+        where += ', variant="fp16"' if machine.dtype == "torch.float16" else ""
         scale, steps = default_guidance_scale(args), min(4, args.num_ddim_timesteps)
         return f"""\
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 
-unet = UNet2DConditionModel.from_pretrained("{source}"{where}, variant="fp16", dtype=torch.float16)
+{machine.other_kind}
+unet = UNet2DConditionModel.from_pretrained("{source}"{where}, dtype={machine.dtype})
 scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
 pipeline = DiffusionPipeline.from_pretrained(
-    "{teacher}", unet=unet, scheduler=scheduler, dtype=torch.float16
-).to("cuda")
+    "{teacher}", unet=unet, scheduler=scheduler, dtype={machine.dtype}
+){machine.move}
 
 # Trained for guidance scales from {args.w_min + 1:g} to {args.w_max + 1:g}; a negative prompt has no effect.
 prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
 image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={scale:g}).images[0]
+image.save("lcm.png")
 """
 
     def card_text(self):
@@ -137,7 +140,8 @@ class Export:
         trained = self.trained.gathered()
         if self.accelerator.is_main_process:
             output_dir = self.args.output_dir
-            code = trained.usage_code(self.args.pretrained_teacher_model, output_dir, on_hub=False)
+            here = Machine(self.accelerator.device.type)
+            code = trained.usage_code(self.args.pretrained_teacher_model, output_dir, False, here)
             self.draw_curves()
             pictures = {
                 what: [os.path.relpath(path, output_dir) for path in paths]
@@ -201,7 +205,7 @@ class Export:
         client's own retries; everything is on disk by then.
         """
         output_dir = self.args.output_dir
-        code = self.trained.usage_code(teacher_name(self.args), self.repo_id, on_hub=True)
+        code = self.trained.usage_code(teacher_name(self.args), self.repo_id, True, Machine("cuda"))
         pictures = {  # {path in the repository: path here}
             what: {f"{what}{f'-{i}' if len(paths) > 1 else ''}.png": path for i, path in enumerate(paths, 1)}
             for what, paths in self.pictures(steps).items()

@@ -265,20 +265,22 @@ class LoraModel:
         """What goes to the Hub, as {path in the repository: path here}."""
         return {name: os.path.join(output_dir, name) for name in (DIFFUSERS_FILE, KOHYA_FILE)}
 
-    def usage_code(self, teacher, source, on_hub):
-        """Python that samples with what lies at `source`, a repository or this run's output folder."""
+    def usage_code(self, teacher, source, on_hub, machine):
+        """Python that samples with what lies at `source`, a repository or this run's output folder, on a Machine."""
         args = self.args
         return f"""\
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 
-pipeline = DiffusionPipeline.from_pretrained("{teacher}", dtype=torch.float16).to("cuda")
+{machine.other_kind}
+pipeline = DiffusionPipeline.from_pretrained("{teacher}", dtype={machine.dtype}){machine.move}
 pipeline.scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
 pipeline.load_lora_weights("{source}")
 
 # Guidance is part of what was learned: 1 adds none; from 1 to 2 a negative prompt has an effect.
 prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
 image = pipeline(prompt, num_inference_steps={min(4, args.num_ddim_timesteps)}, guidance_scale=1).images[0]
+image.save("lcm.png")
 """
 
     def card_text(self):

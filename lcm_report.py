@@ -3,9 +3,13 @@
 import contextlib
 import itertools
 import os
+import re
+from dataclasses import dataclass
 
 import numpy as np
 from huggingface_hub import ModelCard, ModelCardData
+
+GENERIC_NAMES = r"teacher|models?|unet|base|sd|sdxl|output|results?|diffusers|pretrained|checkpoint(-\d+)?|[\W\d]+"
 
 
 def smooth(values):
@@ -55,9 +59,42 @@ def draw_curves(rows, path):
 
 
 def teacher_name(args):
-    """The teacher's Hub id; of a local folder only its last part, since cards travel."""
+    """The teacher's Hub id; of a local folder the last part of its path, or two, since cards travel.
+
+    A folder of the Hub client's cache gives the id that it was downloaded under.
+    """
     teacher = args.pretrained_teacher_model
-    return os.path.basename(os.path.normpath(teacher)) if os.path.isdir(teacher) else teacher
+    if not os.path.isdir(teacher):
+        return teacher
+    *_, parent, name = "/", *os.path.abspath(teacher).strip("/").split("/")
+    cached = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+$", os.path.abspath(teacher))
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    return f"{parent}/{name}" if re.fullmatch(GENERIC_NAMES, name, re.IGNORECASE) and parent != "/" else name
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The kind of machine that printed code is for."""
+
+    device: str  # cuda, cpu, mps, ...
+
+    @property
+    def dtype(self):
+        """What networks are loaded in: half precision, but on a CPU, which is slow in it."""
+        return "torch.float32" if self.device == "cpu" else "torch.float16"
+
+    @property
+    def move(self):
+        """The call that moves a pipeline to the device."""
+        return "" if self.device == "cpu" else f'.to("{self.device}")'
+
+    @property
+    def other_kind(self):
+        """A comment on what to change elsewhere."""
+        if self.device == "cpu":
+            return '# This is for a CPU. On a GPU: torch.float16 in place of torch.float32, and pipeline.to("cuda").'
+        return f"# Without a GPU: torch.float32 in place of torch.float16, and no {self.move}."
 
 
 def base_licence(args):

@@ -1,9 +1,11 @@
 """The report that a run leaves: a card whose pictures exist, and curves of the whole run."""
 
 import re
+from types import SimpleNamespace
 
 import matplotlib.figure
 import numpy as np
+import pytest
 import torch
 from conftest import SCRIPTS, Script, hub
 from matplotlib.figure import Figure
@@ -11,6 +13,7 @@ from PIL import Image
 
 import evaluate_lcm
 import lcm_export
+import lcm_lora
 import lcm_report
 
 
@@ -144,3 +147,41 @@ def test_all_pages_of_pictures_are_pushed(teacher, shards, tmp_path):
     card = files["README.md"].decode()
     assert "![Validation pictures](validation-1.png)" in card and "[2](validation-2.png)" in card
     assert "![Curves of the training](training.png)" in card and "training.png" in files
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+@pytest.mark.parametrize("on_hub", [False, True])
+def test_code_for_a_machine(device, on_hub):
+    """Half precision and its files where there is a GPU, and a word about the other kind; each is Python."""
+    args = SimpleNamespace(
+        w_min=2, w_max=5, ema_decay=None, num_ddim_timesteps=50, validation_prompts=['a "quoted" one']
+    )
+    full = lcm_export.FullModel(args, {}, "unet_target", None)
+    lora = lcm_lora.LoraModel(args, None, None)
+    for trained in (full, lora):
+        code = trained.usage_code("some/teacher", "some/where", on_hub, lcm_report.Machine(device))
+        compile(code, "printed", "exec")
+        lines = "".join(line for line in code.splitlines() if not line.startswith("#"))
+        assert (f'.to("{device}")' in lines and "float16" in lines) == (device != "cpu")
+        assert "float32" in code and "float16" in code  # one of them in the word about the other kind
+        assert ('variant="fp16"' in lines) == (trained is full and device != "cpu")
+        assert ('subfolder="unet_target"' in code) == (trained is full and not on_hub)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("somewhere/my-finetune", "my-finetune"),
+        ("demo/teacher", "demo/teacher"),
+        ("demo/teacher/", "demo/teacher"),
+        ("runs/dreamy/checkpoint-500", "dreamy/checkpoint-500"),
+        ("cats/Model", "cats/Model"),
+        ("hub/models--some--thing/snapshots/0123abcd", "some/thing"),
+    ],
+)
+def test_the_name_of_a_local_teacher(tmp_path, monkeypatch, folder, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).mkdir(parents=True)
+    for given in (folder, f"./{folder}", str(tmp_path / folder)):
+        assert lcm_report.teacher_name(SimpleNamespace(pretrained_teacher_model=given)) == name
+    assert lcm_report.teacher_name(SimpleNamespace(pretrained_teacher_model="user/teacher")) == "user/teacher"
