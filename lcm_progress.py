@@ -13,7 +13,6 @@ import math
 import os
 import resource
 import signal
-import sys
 import threading
 import time
 
@@ -56,7 +55,8 @@ class StopSignals:
             if self.after_loop:
                 what = "all steps are done; finishing pictures, results and uploads"
             words = f"\n{self.received}: {what}; once more ends at once\n"
-            os.write(sys.stderr.fileno(), words.encode())  # logging may be in the middle of a line
+            with contextlib.suppress(OSError):  # a closed terminal must not cost the checkpoint
+                os.write(2, words.encode())  # not by `logging`, which may be in the middle of a line
 
     def restore(self):
         """Put the handlers of before back."""

@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, Script
 
+import lcm_progress
+
 # Raises a signal inside step 3, to this process or to its whole group, as a terminal and SLURM do.
 SIGNALLED = """
 import importlib, os, signal, sys
@@ -57,6 +59,21 @@ def test_stopped_and_resumed_equals_unbroken(teacher, sdxl_teacher, shards, tmp_
     unbroken, resumed = script.weights(tmp_path / "unbroken"), script.weights(tmp_path / "stopped")
     assert unbroken.keys() == resumed.keys()
     assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
+
+
+def test_a_signal_is_taken_where_nothing_can_be_printed(monkeypatch):
+    """As when the terminal is gone."""
+
+    def gone(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(lcm_progress.os, "write", gone)
+    signals = lcm_progress.StopSignals(speaks=True)
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == "SIGTERM"
+    finally:
+        signals.restore()
 
 
 def test_a_second_signal_ends_at_once(teacher, shards, tmp_path):
