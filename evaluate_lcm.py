@@ -26,9 +26,9 @@ from lcm_options import (
     make_parser,
     number,
     read_prompts,
-    redact,
     run,
 )
+from lcm_secrets import redact
 
 MANY, FEW = "ddim", "ddim-trailing"  # the teacher's samplers; with the usual spacing, "leading", one step says nothing
 GRID_ROWS, LARGEST_CELL = 5, 256  # of grid.png: prompts, and pixels a side of a picture

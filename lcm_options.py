@@ -13,6 +13,8 @@ import os
 import re
 import sys
 
+from lcm_secrets import redact
+
 VALIDATION_PROMPTS = [
     "a watercolour of a lighthouse on a cliff at dusk, gentle waves, warm light in the windows",
     "portrait of an old fisherman in a yellow raincoat, shallow depth of field, overcast morning",
@@ -465,16 +467,15 @@ def first_line(error):
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def redact(text):
-    """`text` without the access tokens that addresses of shards may hold."""
-    return re.sub(r"(?i)(bearer\s+|hf_)[\w.-]{8,}", r"\1***", text)
-
-
 def public_options(args):
-    """The options as a dict that may be logged, stored and shown: without access tokens."""
-    options = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    options["train_shards_path_or_url"] = [redact(pattern) for pattern in args.train_shards_path_or_url]
-    return options
+    """The options as a dict that may be logged, stored and shown: without secrets."""
+
+    def public(value):
+        if isinstance(value, list):
+            return [public(part) for part in value]
+        return redact(value) if isinstance(value, str) else value
+
+    return {name: public(value) for name, value in vars(args).items() if name != "hub_token"}
 
 
 def default_guidance_scale(args):

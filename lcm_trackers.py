@@ -12,6 +12,7 @@ import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from lcm_options import first_line, public_options
+from lcm_secrets import redacted_command_line
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ class Trackers:
             again = RUNS[kind][1](self.runs[kind]) if kind in RUNS and kind in self.runs else {}
             options = more.get(kind, {}) | again
             self.active.append(tracker_class(self.args.tracker_project_name, *folder, **options))
-        self.each(lambda tracker: tracker.start())
+        with redacted_command_line():
+            self.each(lambda tracker: tracker.start())
         self.each(self.store_options)
         self.each(self.keep_name)
 
