@@ -89,17 +89,17 @@ class FullModel:
         """Python that samples from `source`, a repository if `on_hub`, else this run's output folder, on a Machine."""
         args = self.args
         where = "" if on_hub else f', subfolder="{self.exported}"'
-        where += ', variant="fp16"' if machine.dtype == "torch.float16" else ""
+        where += ', variant="fp16"' if machine.device != "cpu" else ""
         scale, steps = default_guidance_scale(args), min(4, args.num_ddim_timesteps)
         return f"""\
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 
 {machine.other_kind}
-unet = UNet2DConditionModel.from_pretrained("{source}"{where}, dtype={machine.dtype})
+unet = UNet2DConditionModel.from_pretrained("{source}"{where}, {machine.dtype})
 scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
 pipeline = DiffusionPipeline.from_pretrained(
-    "{teacher}", unet=unet, scheduler=scheduler, dtype={machine.dtype}
+    "{teacher}", unet=unet, scheduler=scheduler, {machine.dtype}
 ){machine.move}
 
 # Trained for guidance scales from {args.w_min + 1:g} to {args.w_max + 1:g}; a negative prompt has no effect.

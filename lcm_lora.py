@@ -273,9 +273,9 @@ import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 
 {machine.other_kind}
-pipeline = DiffusionPipeline.from_pretrained("{teacher}", dtype={machine.dtype}){machine.move}
+pipeline = DiffusionPipeline.from_pretrained("{teacher}", {machine.dtype}){machine.move}
 pipeline.scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
-pipeline.load_lora_weights("{source}")
+pipeline.load_lora_weights("{source}", weight_name="{DIFFUSERS_FILE}")
 
 # Guidance is part of what was learned: 1 adds none; from 1 to 2 a negative prompt has an effect.
 prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from huggingface_hub import ModelCard, ModelCardData
 
+from lcm_teacher import DTYPE
+
 GENERIC_NAMES = r"teacher|models?|unet|base|sd|sdxl|output|results?|diffusers|pretrained|checkpoint(-\d+)?|[\W\d]+"
 
 
@@ -81,8 +83,8 @@ class Machine:
 
     @property
     def dtype(self):
-        """What networks are loaded in: half precision, but on a CPU, which is slow in it."""
-        return "torch.float32" if self.device == "cpu" else "torch.float16"
+        """The argument that loads networks in half precision, or for a CPU, which is slow in it, in float32."""
+        return f"{DTYPE}=torch.float{32 if self.device == 'cpu' else 16}"
 
     @property
     def move(self):

@@ -10,10 +10,13 @@ import inspect
 import diffusers
 import torch
 import transformers
+from packaging import version
 
 from lcm_options import UserError, first_line
 
 OPTION = "--pretrained_teacher_model"
+# What diffusers' `from_pretrained` calls it, which until 0.40 did not know `dtype`.
+DTYPE = "dtype" if version.parse(diffusers.__version__) >= version.parse("0.40") else "torch_dtype"
 NO_OTHER_INPUTS = {"class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim_type": None}  # of a U-Net
 
 
@@ -36,6 +39,8 @@ def load_pretrained(loader, option, source, **kwargs):
     where = f"{source!r}" + (f", part {subfolder!r}" if subfolder else "")
     if kwargs.get("revision") is not None:
         where += f" at revision {kwargs['revision']!r}"
+    if "dtype" in kwargs and issubclass(loader, diffusers.ModelMixin):
+        kwargs[DTYPE] = kwargs.pop("dtype")
     has_weights = issubclass(loader, torch.nn.Module)
     if has_weights:
         kwargs["output_loading_info"] = True
