@@ -100,7 +100,7 @@ def test_another_number_of_processes_with_the_override(sd, ddp, tmp_path):
     assert [sum(process["num_used"] for process in state) for state in states] == [8, 12, 20]
     passes = [{position["pass_index"] for process in state for position in process["positions"]} for state in states]
     assert max(passes[0]) < min(passes[1]) and max(passes[1]) < min(passes[2])
-    assert [row["learning_rate"] for row in metrics(folder)[-4:]] == pytest.approx([2e-3, 2e-3, 4e-3, 4e-3])
+    assert [row["lr"] for row in metrics(folder)[-4:]] == pytest.approx([2e-3, 2e-3, 4e-3, 4e-3])
 
 
 def test_fsdp_trains_saves_resumes_and_exports(sd, ddp, tmp_path):
