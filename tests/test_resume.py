@@ -202,8 +202,9 @@ def test_a_learning_rate_of_0_really_holds(script, unbroken, tmp_path):
     assert [key for key, tensor in student.items() if not torch.equal(after[key], tensor)] == []
 
 
+@pytest.mark.parametrize("script", ["sd"], indirect=True)  # the same code for all
 def test_another_number_of_workers_begins_a_new_pass(script, unbroken, tmp_path, capfd):
-    """Both streams in one that no sample was drawn from yet; what was counted stays counted."""
+    """Both streams are in a pass that was not begun before; what was counted stays counted."""
     from_step_2(unbroken, tmp_path)
     resumed(script, tmp_path, "--dataloader_num_workers=2", CHANGED)
     assert "a new pass over all of it begins" in capfd.readouterr().err
@@ -215,7 +216,7 @@ def test_another_number_of_workers_begins_a_new_pass(script, unbroken, tmp_path,
     most = max(position["pass_index"] for position in old["positions"])
     assert all(position["pass_index"] > most for position in new["positions"])
     assert (old["num_used"], new["num_used"]) == (4, 8)
-    # And from there on as any other run.
+    # From there on it is a run as any other: with these options it resumes exactly, without the override.
     shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
     more = ("--dataloader_num_workers=2", "--max_train_steps=6")
     assert_same(resumed(script, tmp_path / "again", *more), resumed(script, tmp_path, *more, CHANGED))
