@@ -68,6 +68,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, message.replace("\n", " ") + "\n")
 
 
+class Options(argparse.Namespace):
+    """A script's options, as `vars()` has them; and beside them, for a resume: the file name of the `script`, the
+    parser's `defaults` by name, and the names of those `left_at_default`, also where a value is filled in later."""
+
+    __slots__ = ("defaults", "left_at_default", "script")
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the description's line breaks and adds each default that is worth saying."""
 
@@ -138,9 +145,9 @@ def names(value):
     return value
 
 
-def make_parser(description):
-    """An empty parser with the script's docstring as its description."""
-    return Parser(description=description, formatter_class=HelpFormatter)
+def make_parser(description, script=None):
+    """An empty parser with the script's docstring as its description, and its file name as the program's."""
+    return Parser(script and os.path.basename(script), description=description, formatter_class=HelpFormatter)
 
 
 def add_model_options(parser):
@@ -180,6 +187,11 @@ def add_output_options(parser):
         help="Keep the newest N checkpoints; older ones go once the new one is safe. All are kept if unset.")
     add("--resume_from_checkpoint", metavar="latest|FOLDER",
         help="Go on from a checkpoint, by name in --output_dir or by path. `latest` starts anew if there is none.")
+    add("--resume_with_changed_options", action="store_true",
+        help="Resume although options, or the number of processes, differ from the checkpoint's: each difference is a "
+             "warning, not an error. It costs exactness: the run is not bit for bit the one that it would have been. "
+             "Where this changes the order of the data, a new pass over all of it begins. The script and the shape of "
+             "what is trained cannot change.")
 
 
 def add_data_options(parser, resolution, max_watermark_probability=None):
@@ -374,7 +386,10 @@ def add_hub_options(parser):
 
 def parse(parser, argv=None):
     """Parse and check; on a wrong option print one line that begins with its name, and exit with status 2."""
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, Options())
+    args.script = parser.prog
+    args.defaults = {name: parser.get_default(name) for name in vars(args)}
+    args.left_at_default = {name for name, value in vars(args).items() if value == args.defaults[name]}
 
     def need(condition, option, message):
         if not condition:
@@ -410,6 +425,8 @@ def parse(parser, argv=None):
     resume = args.resume_from_checkpoint
     need(resume in (None, "latest") or find_checkpoint(args.output_dir, resume), "--resume_from_checkpoint",
          f"{resume!r} is neither a folder in {args.output_dir!r} nor a path; allowed: latest, or a folder")
+    need(resume or not args.resume_with_changed_options, "--resume_with_changed_options",
+         "given without --resume_from_checkpoint; allowed: both, or neither")
     args.validation_prompts = read_prompts(parser, "--validation_prompts", args.validation_prompts)
     if args.validation_teacher_steps is None:
         args.validation_teacher_steps = sorted({most, 25})

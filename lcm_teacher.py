@@ -10,6 +10,7 @@ import inspect
 import diffusers
 import torch
 import transformers
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from packaging import version
 
 from lcm_options import UserError, first_line
@@ -171,11 +172,12 @@ def load_unet(args, encode_prompts, dtype):
 
 
 def encode_pixels(vae, pixels, batch_size, generator):
-    """z_0: a scaled sample of the VAE's posterior. `pixels` (B, 3, H, W) in [-1, 1]; returns (B, C, h, w) float32."""
-    latents = [
-        vae.encode(part.to(vae.dtype)).latent_dist.sample(generator).float() for part in pixels.split(batch_size)
-    ]
-    return torch.cat(latents) * vae.config.scaling_factor
+    """z_0: a scaled sample of the VAE's posterior. `pixels` (B, 3, H, W) in [-1, 1]; returns (B, C, h, w) float32.
+
+    `batch_size` pictures are encoded at once. The noise is drawn for all B together, so that it does not depend on it.
+    """
+    moments = [vae.encode(part.to(vae.dtype)).latent_dist.parameters for part in pixels.split(batch_size)]
+    return DiagonalGaussianDistribution(torch.cat(moments)).sample(generator).float() * vae.config.scaling_factor
 
 
 def load_tokenizer(args, subfolder):

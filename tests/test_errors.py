@@ -235,6 +235,8 @@ WRONG_OPTIONS = [
           prepare=file_at("out/logs")),
     *(wrong(f"resume={name}", RESUME, (repr(name), "allowed: latest"), f"{RESUME}={name}")
       for name in ("checkpoint-9", "nowhere/checkpoint-7", "")),
+    wrong("changed-options-of-nothing", "--resume_with_changed_options", "without --resume_from_checkpoint",
+          "--resume_with_changed_options"),
     wrong("resume-is-a-file", RESUME, "'file'", prepare=file_at("file", f"{RESUME}=file")),
 ]  # fmt: skip
 

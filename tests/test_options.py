@@ -98,6 +98,7 @@ OWN_COMMON = {
     "shuffle_buffer_mb": 512.0,
     "shard_timeout": 300.0,
     "logging_steps": 10,
+    "resume_with_changed_options": False,
     "validation_negative_prompt": None,
     "num_validation_images": 1,
     "validation_resolution": None,

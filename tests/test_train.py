@@ -474,6 +474,18 @@ def test_a_step_that_the_scaler_skips_changes_nothing(teacher, shards, tmp_path,
     assert schedules[0] == schedules[1]
 
 
+def test_a_checkpoint_without_a_scaler_is_gone_on_from_with_one(teacher, shards, tmp_path, monkeypatch, capsys):
+    """With the override, for a run that changes to fp16."""
+    more = ["--checkpointing_steps=2", "--resume_from_checkpoint=latest"]
+    main(sd_options(teacher, shards, tmp_path, *more, "--max_train_steps=2"))
+    with pytest.raises(SystemExit):
+        run_with_scaler(monkeypatch, sd_options(teacher, shards, tmp_path, *more), overflows=())
+    assert "scaler.pt" in capsys.readouterr().err
+    more += ["--resume_with_changed_options", "--w_max=9"]
+    run_with_scaler(monkeypatch, sd_options(teacher, shards, tmp_path, *more), overflows=())
+    assert (tmp_path / "checkpoint-4" / "scaler.pt").exists()
+
+
 def test_many_skipped_steps_in_a_row_are_an_error(teacher, shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lcm_progress, "MAX_SKIPPED_IN_A_ROW", 3)
     options = sd_options(teacher, shards, tmp_path, "--checkpointing_steps=1", "--max_train_steps=9")
