@@ -562,6 +562,9 @@ def edited(source, folder, **changes):
     path = shutil.copytree(source, folder) / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    if "_class_name" in changes:  # what pipelines go by
+        path = folder / "model_index.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"scheduler": ["diffusers", config["_class_name"]]}))
     return folder
 
 

@@ -51,14 +51,14 @@ CHANGED = [
 CLASSES = ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
 
 
-def teachers(folder):
+def teachers(folder, classes=("DDIMScheduler",)):
     """(config file, noise schedule of training, options) of every teacher that a training script accepts."""
     (folder / "scheduler").mkdir()
     args = SimpleNamespace(
         pretrained_teacher_model=str(folder), teacher_revision=None, revision=None, cache_dir=None,
         num_ddim_timesteps=50, timestep_scaling_factor=3.0,
     )  # fmt: skip
-    for kind, left_out, changed in itertools.product(CLASSES, LEFT_OUT, CHANGED):
+    for kind, left_out, changed in itertools.product(classes, LEFT_OUT, CHANGED):
         config = {key: value for key, value in (COMPLETE | changed).items() if key not in {*left_out} - changed.keys()}
         config = {"_class_name": kind, "_diffusers_version": "0.6.0", **config}
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
@@ -73,7 +73,8 @@ def test_every_sampler_samples_along_what_was_trained(tmp_path):
     """Betas, T and prediction type; never clipping; and what is saved is the same for stock diffusers."""
     count = 0
     for config, schedule, args in teachers(tmp_path):
-        made = {name: make_scheduler(name, schedule) for name in SCHEDULERS} | {"export": lcm_scheduler(schedule, args)}
+        made = {name: make_scheduler(name, schedule) for name in SCHEDULERS}
+        made["export"] = lcm_scheduler(schedule, args)
         made["export"].save_pretrained(tmp_path / "saved")
         made["saved"] = diffusers.LCMScheduler.from_pretrained(tmp_path / "saved")
         for name, scheduler in made.items():
@@ -91,12 +92,12 @@ def test_every_sampler_samples_along_what_was_trained(tmp_path):
         assert made["saved"].timesteps.tolist() == solver.timesteps.flip(0).tolist(), config
         assert made["saved"].config.timestep_scaling == 3
         count += 1
-    assert count > 200
+    assert count > 50
 
 
 def test_the_teachers_own_scheduler_decides_in_the_same_way(tmp_path):
     """The evaluation has no noise schedule, but the scheduler that the teacher's pipeline comes with."""
-    for config, schedule, _ in teachers(tmp_path):
+    for config, schedule, _ in teachers(tmp_path, CLASSES):
         if config["beta_schedule"] == "sigmoid" and config["_class_name"] != "DDPMScheduler":
             continue  # the pipeline cannot be loaded
         own = getattr(diffusers, config["_class_name"]).from_pretrained(tmp_path / "scheduler")
@@ -117,8 +118,8 @@ def test_the_teachers_own_scheduler_decides_in_the_same_way(tmp_path):
 
 
 def test_a_correction_by_the_pipeline_is_taken_over():
-    """StableDiffusionPipeline sets `steps_offset` to 1 in the config, where it stays listed as a default that was used;
-    and a zero-SNR teacher with trailing timesteps begins where it says."""
+    """StableDiffusionPipeline sets `steps_offset` to 1 in a config that still lists it as a default; and a teacher
+    with zero SNR and trailing timesteps begins at the last one."""
     own = diffusers.DDIMScheduler(beta_schedule="scaled_linear")
     own._internal_dict = diffusers.configuration_utils.FrozenDict({**own.config, "steps_offset": 1})
     assert "steps_offset" in own.config["_use_default_values"]
@@ -136,11 +137,11 @@ def test_a_correction_by_the_pipeline_is_taken_over():
 
 @pytest.mark.parametrize("changed", [change for change in CHANGED if change.get("prediction_type") != "sample"])
 def test_the_exported_scheduler_ends_at_the_consistency_function(tmp_path, changed):
-    """At every point of the grid, on whatever side the teacher's `set_alpha_to_one` is: the step that ends sampling is
-    f(z, t) of training, and one before it adds noise at the alphas that training saw."""
+    """Whatever the teacher's `set_alpha_to_one` says: the last step gives f(z, t) of training, and those before it add
+    noise with the alphas of training."""
     generator = torch.Generator().manual_seed(0)
     for config, schedule, args in teachers(tmp_path):
-        if config["_class_name"] != "DDIMScheduler" or any(config.get(key) != changed[key] for key in changed):
+        if any(config.get(key) != changed[key] for key in changed):
             continue
         solver = DDIMSolver(schedule.alphas_cumprod, 50)
         scheduler = lcm_scheduler(schedule, args)
