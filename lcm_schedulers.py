@@ -41,8 +41,9 @@ def make_scheduler(name, reference, **settings):
     kind, options = SCHEDULERS[name]
     config = {key: config[key] for key in (*PROCESS, *SPACING) if key in config}
     if config["beta_schedule"] not in COMMON_BETA_SCHEDULES and config.get("trained_betas") is None:
-        # These betas are rescaled already.
-        config |= {"trained_betas": reference.betas.tolist(), "rescale_betas_zero_snr": False}
+        # As they were before they were rescaled, so that the sampler does that itself, and knows of it.
+        as_given = type(reference).from_config({**reference.config, "rescale_betas_zero_snr": False})
+        config["trained_betas"] = as_given.betas.tolist()
     return getattr(diffusers, kind).from_config({**config, **NO_CLIPPING}, **{**options, **settings})
 
 

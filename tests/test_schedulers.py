@@ -41,6 +41,7 @@ CHANGED = [
     {"beta_schedule": "linear", "num_train_timesteps": 300},
     {"beta_schedule": "squaredcos_cap_v2"},
     {"beta_schedule": "sigmoid", "beta_start": 0.0001, "beta_end": 0.02},
+    {"beta_schedule": "sigmoid", "beta_start": 0.0001, "beta_end": 0.02, "rescale_betas_zero_snr": True},
     {"trained_betas": np.linspace(1e-4, 0.04, 500).tolist()},
     {"trained_betas": np.linspace(1e-4, 0.04, 500).tolist(), "rescale_betas_zero_snr": True},
     {"rescale_betas_zero_snr": True, "clip_sample": True, "thresholding": True},
@@ -67,6 +68,21 @@ def teachers(folder, classes=("DDIMScheduler",)):
         if config.get("prediction_type") is None and config.get("rescale_betas_zero_snr"):
             continue  # the same
         yield config, load_noise_schedule(args), args
+
+
+@pytest.mark.parametrize("beta_schedule", ["scaled_linear", "sigmoid"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_zero_snr_gives_finite_latents(beta_schedule, name):
+    reference = diffusers.DDPMScheduler.from_config(
+        COMPLETE | {"beta_schedule": beta_schedule, "rescale_betas_zero_snr": True}
+    )
+    scheduler = make_scheduler(name, reference)
+    scheduler.set_timesteps(4)
+    latents = torch.ones(1, 4, 2, 2) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        scheduler.scale_model_input(latents, t)
+        latents = scheduler.step(torch.full_like(latents, 0.1), t, latents).prev_sample
+    assert latents.isfinite().all()
 
 
 def test_every_sampler_samples_along_what_was_trained(tmp_path):
