@@ -15,7 +15,7 @@ import shutil
 from accelerate.utils import RNG_STATE_NAME, SCALER_NAME, gather_object, load
 
 import lcm_sharding
-from lcm_options import UserError, find_checkpoint, first_line, public_options
+from lcm_options import UserError, find_checkpoint, first_line, public_options, without_secrets
 from lcm_secrets import without_credentials
 
 logger = logging.getLogger(__name__)
@@ -145,6 +145,8 @@ def read_state(folder):
                 raise TypeError(f"{name} is {state[name]!r:.40}")
         if state["step"] < 0 or type(state["options"]["seed"]) is not int:
             raise ValueError(f"step {state['step']}, seed {state['options']['seed']!r:.40}")
+        # A version that knew fewer kinds of secrets stored them; they would show in messages on what differs.
+        state["options"] = {name: without_secrets(value) for name, value in state["options"].items()}
         return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -159,7 +161,9 @@ def stored_seed(args):
 
 def comparable(name, value):
     """An option's value without what may be renewed: signatures and credentials in the addresses of shards."""
-    return [without_credentials(pattern) for pattern in value] if name == "train_shards_path_or_url" else value
+    if name == "train_shards_path_or_url" and isinstance(value, list):
+        return [without_credentials(str(pattern)) for pattern in value]
+    return value
 
 
 def changed_options(args, stored):

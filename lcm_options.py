@@ -484,15 +484,16 @@ def first_line(error):
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def without_secrets(value):
+    """An option's value with the secrets in it redacted."""
+    if isinstance(value, list):
+        return [without_secrets(part) for part in value]
+    return redact(value) if isinstance(value, str) else value
+
+
 def public_options(args):
     """The options as a dict that may be logged, stored and shown: without secrets."""
-
-    def public(value):
-        if isinstance(value, list):
-            return [public(part) for part in value]
-        return redact(value) if isinstance(value, str) else value
-
-    return {name: public(value) for name, value in vars(args).items() if name != "hub_token"}
+    return {name: without_secrets(value) for name, value in vars(args).items() if name != "hub_token"}
 
 
 def default_guidance_scale(args):

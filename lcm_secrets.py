@@ -7,8 +7,9 @@ import contextlib
 import re
 import sys
 
-VALUE = r"""(?:"[^"]*"|'[^']*'|(?:(?!::)[^\s&;|<>()'"#])+)"""
-NAMES = r"(?:token|secret|password|passwd|signature|credentials?|(?:api|private|access)[_-]?key(?:[_-]?id)?)"
+VALUE = r"""(?:"[^"]*"|'[^']*'|(?:\\.|(?!::)[^\s&;|<>()'"#])+)"""
+KEYS = r"(?:api|private|access|account|secret)[_-]?key(?:[_-]?id)?"
+NAMES = rf"(?:token|secret|password|passwd|signature|credentials?|{KEYS})"
 # (pattern, what stands in its place); the first group of each pattern is kept.
 RULES = [
     # https://user:password@host; of other schemes only with a password, since a user's name alone is no secret.
@@ -19,13 +20,17 @@ RULES = [
     # HF_TOKEN=..., --password=..., AWS_SECRET_ACCESS_KEY=..., and parameters of such names
     (rf"(?i)((?<![a-z0-9])[\w-]*{NAMES}=){VALUE}", r"\1***"),
     (rf"(?i)((?:^|\s)--?[\w-]*{NAMES}\s+){VALUE}", r"\1***"),
-    # curl -u name:password
-    (r"""((?:^|\s)(?:-u|-U|--user|--proxy-user)[\s=]?)(?:"[^"]*:[^"]*"|'[^']*:[^']*'|[^\s:'"-][^\s:'"]*:[^\s'"]+)""",
+    # AZURE_STORAGE_KEY=..., RCLONE_CONFIG_PASS=...
+    (rf"(\b(?:[A-Z0-9_]+_)?(?:KEY|PASS|PWD|AUTH)=){VALUE}", r"\1***"),
+    (rf"(\bsshpass\s+-p\s*){VALUE}", r"\1***"),
+    (rf"(\bcurl\b[^|;&\n]*?\s(?:-b|--cookie)[\s=]?){VALUE}", r"\1***"),
+    # curl -u name:password, and with other switches in front, -sLu
+    (r"""((?:^|\s)(?:-[A-Za-z]*[uU]|--user|--proxy-user)[\s=]?)(?:"[^"]*:[^"]*"|'[^']*:[^']*'|[^\s:'"-][^\s:'"]*:[^\s'"]+)""",
      r"\1***"),
     # -H "Authorization: Basic ..."
     (r"(?i)(\b(?:proxy-)?authorization\s*:\s*)[^'\"\n]+", r"\1***"),
     (r"(?i)(\b(?:x-[\w-]*(?:key|token|secret|auth)|api-key|private-token|cookie)\s*:\s*)[^'\"\n]+", r"\1***"),
-    (r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}", r"\1***"),
+    (r"(?i)(\bbearer\s+)(?=\S*\d|\S{20})[\w.~+/=-]{8,}", r"\1***"),
     # what such things look like, wherever they stand: Hugging Face, GitHub, AWS
     (r"\b(hf_)[A-Za-z0-9]{10,}", r"\1***"),
     (r"\b(gh[pousr]_)[A-Za-z0-9]{20,}", r"\1***"),

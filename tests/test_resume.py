@@ -64,6 +64,11 @@ TABLE = [
     ("lora_sd", [], without("ema_decay"), ["--ema_decay=0.9"], REFUSED, f"{OTHER_RUN} None"),
     # Those that only the checkpoint has are named and ignored.
     ("sd", [], with_options(old_option=3), [], WARNED, "the checkpoint's --old_option (3) is ignored"),
+    # What an earlier version stored of secrets is not shown.
+    ("sd", [], with_options(train_shards_path_or_url=["a.tar", "https://host/b.tar?sig=old"]), [], REFUSED,
+     "'https://host/b.tar?sig=***'"),
+    ("sd", [], with_options(train_shards_path_or_url=None), [], REFUSED, f"{OTHER_RUN} None"),
+    ("sd", [], with_options(old_option="curl -u me:old"), [], WARNED, "--old_option ('curl -u ***') is ignored"),
     # Another script's.
     ("sd", [], of_script("train_lcm_distill_sdxl_wds.py"), [], REFUSED, "another script, train_"),
     ("sd", [], of_script("train_lcm_distill_sdxl_wds.py"), [CHANGED], REFUSED, "of train_lcm_distill_sd_wds.py"),

@@ -37,6 +37,7 @@ SECRET = [
     f"https://host/a.tar?key={S}",
     f"pipe:curl -s -u name:{S} https://host/a.tar",
     f"pipe:curl -u 'some name:{S} with spaces' https://host/a.tar",
+    f"pipe:curl -sLu name:{S} https://host/a.tar",
     f"pipe:curl --user=name:{S} https://host/a.tar",
     f"pipe:curl --user name:{S} https://host/a.tar",
     f'pipe:curl -H "Authorization: Bearer {S}" https://host/a.tar',
@@ -48,11 +49,16 @@ SECRET = [
     f"pipe:AWS_ACCESS_KEY_ID={S} AWS_SECRET_ACCESS_KEY={S} aws s3 cp s3://b/a.tar -",
     f"pipe:HF_TOKEN='{S}' hf download x",
     f'pipe:PASSWORD="{S} {S}" get',
+    f"pipe:PASSWORD=a\\ {S} get",
+    f"pipe:AZURE_STORAGE_KEY={S} RCLONE_CONFIG_PASS={S} get",
+    f"pipe:az --account-key {S} --secret-key={S} --connection-string 'Name=x;AccountKey={S};Suffix=y'",
+    f"pipe:sshpass -p {S} ssh host cat a.tar",
+    f"pipe:curl -s -b session={S} https://host/a.tar",
     f"pipe:get --password {S} https://host/a.tar",
     f"pipe:get --api-key={S} https://host/a.tar",
     f"python train.py --hub_token {S} --seed 1",
 ]
-SHAPES = ["hf_abcdefghijkl", "ghp_0123456789abcdefghij", "AKIAIOSFODNN7EXAMPLE", "Bearer abcdefgh"]
+SHAPES = ["hf_abcdefghijkl", "ghp_0123456789abcdefghij", "AKIAIOSFODNN7EXAMPLE", "Bearer abcdefg8"]
 HARMLESS = [
     "path/to/shards/{00000..01099}.tar",
     "https://host:8080/a/{000..123}.tar::/data/b.tar",
@@ -65,6 +71,8 @@ HARMLESS = [
     "a token of love: a secret garden, password on a post-it, basic shapes",
     "gs://bucket/tokenizer=clip/a.tar",
     "python evaluate_lcm.py --prompts 'bearer of gifts' --seed=0",
+    "a ring bearer standing in a church, low key lighting",
+    "pipe:docker run -i --key=1 image cat a.tar | cat -b",
 ]
 
 
