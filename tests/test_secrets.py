@@ -243,7 +243,8 @@ def test_no_secret_is_stored_or_shown(teacher, shards, guarded, tmp_path):
     more = [
         f"--train_shards_path_or_url=pipe:AWS_SECRET_ACCESS_KEY={S} sh -c 'cat {second}'",
         f"--train_shards_path_or_url=pipe:curl -u me:{S} nowhere; exit 3",
-        f"--train_shards_path_or_url=http://user:{S}@127.0.0.1:9/gone.tar?token={S}",
+        f"--train_shards_path_or_url=http://user:{S}@{address}?token={S}",  # refused, and not tried again
+        f"--train_shards_path_or_url=http://user:{S}[@127.0.0.1/a.tar",
         "--report_to=all",
         "--train_batch_size=16",
         "--checkpointing_steps=4",
