@@ -51,7 +51,8 @@ RULES = [
     # with a digit, or as long as no word is: "the ring bearer standing in a field" stays
     (r"(?i)(\bbearer\s+)(?=[\w.~+/=-]*\d|[\w.~+/=-]{20})[\w.~+/=-]{8,}", r"\1***"),
     # what such things look like, wherever they stand: Hugging Face, GitHub, GitLab, AWS, JSON web tokens
-    (r"\b(hf_)[A-Za-z0-9]{20,}", r"\1***"),
+    (r"(?<!/)\b(hf_)[A-Za-z0-9]{10,}(?![\w/-]|\.\w)", r"\1***"),  # a short one, if it is no part of a path
+    (r"\b(hf_)[A-Za-z0-9]{30,}", r"\1***"),
     (r"\b(gh[pousr]_|github_pat_)\w{20,}", r"\1***"),
     (r"\b(glpat-)[\w-]{20,}", r"\1***"),
     (r"\b(AKIA|ASIA)[A-Z0-9]{16}\b", r"\1***"),

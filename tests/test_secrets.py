@@ -81,6 +81,7 @@ SECRET = [
     f"pipe:PASSWORD='with'\"{S}\" get",
 ]
 SHAPES = [
+    "hf_abcdefghijkl",
     "hf_abcdefghijklmnopqrstuvwxyzabcdefgh",
     "ghp_0123456789abcdefghij",
     "github_pat_0123456789abcdefghij",
