@@ -28,7 +28,7 @@ from lcm_options import (
     read_prompts,
     run,
 )
-from lcm_secrets import redact
+from lcm_secrets import redact_arguments
 
 MANY, FEW = "ddim", "ddim-trailing"  # on the teacher's own timesteps; one step on the usual, "leading", says nothing
 GRID_ROWS, LARGEST_CELL = 5, 256  # of grid.png: prompts, and pixels a side of a picture
@@ -100,7 +100,8 @@ def parse_args(argv=None):
              "which becomes a column; also module:NAME.")
 
     args = parser.parse_args(argv)
-    args.command = redact(shlex.join(["python", "evaluate_lcm.py", *(sys.argv[1:] if argv is None else argv)]))
+    given = redact_arguments(sys.argv[1:] if argv is None else argv)  # before they are quoted
+    args.command = shlex.join(["python", "evaluate_lcm.py", *given])
     check(args, parser)
     return args
 

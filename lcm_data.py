@@ -163,7 +163,7 @@ def expand_shards(patterns, option="--train_shards_path_or_url"):
         try:
             expanded = list(braceexpand.braceexpand(os.path.expanduser(pattern)))
         except ValueError as error:
-            raise UserError(f"{option}: {redact(pattern)!r}: {error}") from None
+            raise UserError(f"{option}: {redact(pattern)!r}: {redact(str(error))}") from None
         for shard in filter(None, expanded):
             is_wildcard = is_local(shard) and glob.has_magic(shard) and not os.path.isfile(shard)
             shards += (is_wildcard and sorted(glob.glob(shard))) or [shard]

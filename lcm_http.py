@@ -19,8 +19,14 @@ PASSING = {408, 425, 429, 500, 502, 503, 504}  # statuses that may be better a m
 
 
 def split_login(url):
-    """(`url` without user and password, the header `Authorization` that stands for them, None if there are none)."""
-    parts = urllib.parse.urlsplit(url)
+    """(`url` without user and password, the header `Authorization` that stands for them, None if there are none).
+
+    Raises OSError for what is no address.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:  # whose message may have the password in it
+        raise OSError("the address is malformed") from None
     login, at, host = parts.netloc.rpartition("@")
     if not at:
         return url, None

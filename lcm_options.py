@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
             name = unknown[1].split("=")[0]
             close = difflib.get_close_matches(name, self._option_string_actions, n=1)
             message = f"{name}: no such option" + (f"; did you mean {close[0]}?" if close else "; see --help")
-        self.exit(2, message.replace("\n", " ") + "\n")
+        self.exit(2, redact(message).replace("\n", " ") + "\n")
 
 
 class Options(argparse.Namespace):
@@ -517,7 +517,7 @@ def run(train, args, interrupted="Stopped before the first step."):
     except UserError as error:
         for call in BEFORE_ERROR:
             call()
-        print(f"{error}".replace("\n", " "), file=sys.stderr)
+        print(redact(str(error)).replace("\n", " "), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)

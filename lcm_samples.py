@@ -119,9 +119,12 @@ def tar_members(stream, url):
 def open_shard(url, timeout):
     """A shard's bytes as a stream: HttpFile for http(s)://, else what webdataset opens. `timeout` is in seconds."""
     is_http = url.lower().startswith(("http://", "https://"))
-    opened = io.BufferedReader(HttpFile(url, timeout), buffer_size=1 << 20) if is_http else open_url(url, timeout)
     with contextlib.ExitStack() as stack:
         with broken_shard():
+            if is_http:
+                opened = io.BufferedReader(HttpFile(url, timeout), buffer_size=1 << 20)
+            else:
+                opened = open_url(url, timeout)
             stream = stack.enter_context(opened)
         yield stream
         with broken_shard():  # the command may have failed

@@ -3,6 +3,7 @@
 import http.server
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -13,8 +14,12 @@ from conftest import ROOT, sd_options
 from hypothesis import given
 from hypothesis import strategies as st
 
+import evaluate_lcm
 import lcm_secrets
+from lcm_data import expand_shards
 from lcm_http import HttpFile, split_login
+from lcm_options import UserError, run
+from lcm_samples import read_shard
 from lcm_secrets import redact, without_credentials
 
 S = "S3cr3t-Value_0123"  # in every row of the table
@@ -37,7 +42,6 @@ SECRET = [
     f"https://host/a.tar?key={S}",
     f"pipe:curl -s -u name:{S} https://host/a.tar",
     f"pipe:curl -u 'some name:{S} with spaces' https://host/a.tar",
-    f"pipe:curl -sLu name:{S} https://host/a.tar",
     f"pipe:curl --user=name:{S} https://host/a.tar",
     f"pipe:curl --user name:{S} https://host/a.tar",
     f'pipe:curl -H "Authorization: Bearer {S}" https://host/a.tar',
@@ -49,16 +53,43 @@ SECRET = [
     f"pipe:AWS_ACCESS_KEY_ID={S} AWS_SECRET_ACCESS_KEY={S} aws s3 cp s3://b/a.tar -",
     f"pipe:HF_TOKEN='{S}' hf download x",
     f'pipe:PASSWORD="{S} {S}" get',
-    f"pipe:PASSWORD=a\\ {S} get",
-    f"pipe:AZURE_STORAGE_KEY={S} RCLONE_CONFIG_PASS={S} get",
-    f"pipe:az --account-key {S} --secret-key={S} --connection-string 'Name=x;AccountKey={S};Suffix=y'",
-    f"pipe:sshpass -p {S} ssh host cat a.tar",
-    f"pipe:curl -s -b session={S} https://host/a.tar",
     f"pipe:get --password {S} https://host/a.tar",
     f"pipe:get --api-key={S} https://host/a.tar",
     f"python train.py --hub_token {S} --seed 1",
+    f"https://user:with/{S}@host/a.tar",
+    f"https://user:with#{S}@host/a.tar",
+    f"pipe:curl user:{S}@host.org/a.tar",
+    f"https://host/a.tar?pass={S}&rlkey={S}&auth_key={S}&session={S}",
+    f"https://host/a.tar?next=/b.tar?token%3D{S}",
+    f"pipe:curl -sSu name:{S} https://host/a.tar",
+    f"pipe:curl -u :{S} https://host/a.tar",
+    f"pipe:curl -u name:'{S}' https://host/a.tar",
+    f'pipe:curl --user "name":{S} https://host/a.tar',
+    f"pipe:curl --oauth2-bearer {S} https://host/a.tar",
+    f"pipe:curl -b session={S} https://host/a.tar",
+    f"pipe:curl --cookie 'session={S}' https://host/a.tar",
+    f"pipe:curl -H 'apikey: {S}' https://host/a.tar",
+    f'pipe:curl --header "Job-Token: {S} {S}" https://host/a.tar',
+    f"""pipe:curl -d '{{"user": "me", "password": "{S} {S}"}}' https://host/a.tar""",
+    f"pipe:SECRET_KEY={S} get",
+    f"pipe:AZURE_STORAGE_KEY={S} az storage blob download",
+    f"pipe:RCLONE_CONFIG_REMOTE_PASS={S} rclone cat remote:a.tar",
+    f"pipe:sshpass -p {S} ssh host cat a.tar",
+    f"pipe:gpg --passphrase {S} -d a.tar.gpg",
+    f"pipe:PASSWORD=with#{S} get",
+    f"pipe:PASSWORD=with\\ {S} get",
+    f"pipe:PASSWORD='with'\"{S}\" get",
 ]
-SHAPES = ["hf_abcdefghijkl", "ghp_0123456789abcdefghij", "AKIAIOSFODNN7EXAMPLE", "Bearer abcdefg8"]
+SHAPES = [
+    "hf_abcdefghijkl",
+    "hf_abcdefghijklmnopqrstuvwxyzabcdefgh",
+    "ghp_0123456789abcdefghij",
+    "github_pat_0123456789abcdefghij",
+    "glpat-0123456789abcdefghij",
+    "AKIAIOSFODNN7EXAMPLE",
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl",
+    "Bearer abcdefgh1",
+]
 HARMLESS = [
     "path/to/shards/{00000..01099}.tar",
     "https://host:8080/a/{000..123}.tar::/data/b.tar",
@@ -71,8 +102,10 @@ HARMLESS = [
     "a token of love: a secret garden, password on a post-it, basic shapes",
     "gs://bucket/tokenizer=clip/a.tar",
     "python evaluate_lcm.py --prompts 'bearer of gifts' --seed=0",
-    "a ring bearer standing in a church, low key lighting",
-    "pipe:docker run -i --key=1 image cat a.tar | cat -b",
+    "the ring bearer standing in a field, a cookie: crumbly, key=value",
+    "/data/hf_transformers/a.tar",
+    "https://host:8080/user@example.org/a.tar",
+    "--hub_token: given; allowed: no value",
 ]
 
 
@@ -119,6 +152,8 @@ def test_the_same_shards_under_other_credentials(one, other):
         ("https://host/a.tar?sig=1::https://host/b.tar", "https://host/a.tar?sig=1::https://host/c.tar"),
         ("a.tar", "b.tar"),
         ("pipe:get a.tar", "pipe:get b.tar"),
+        ("pipe:get -H Authorization:x https://host/a.tar", "pipe:get -H Authorization:x https://host/b.tar"),
+        ("/data/hf_transformers/a.tar", "/data/hf_tokenizersfast/a.tar"),
     ],
 )
 def test_other_shards_stay_others(one, other):
@@ -131,6 +166,39 @@ def test_the_command_line_as_trackers_record_it(monkeypatch):
     with lcm_secrets.redacted_command_line():
         assert S not in " ".join(sys.argv) and sys.argv[-1] == "--seed=1" and len(sys.argv) == 5
     assert sys.argv is given
+
+
+@pytest.mark.parametrize("text", [*SECRET, *HARMLESS])
+def test_the_command_line_as_an_evaluation_records_it(text):
+    """Its arguments are quoted once more than a shell's user quotes them."""
+    given = ["--pretrained_teacher_model=a", "--trained=b", "--reference_images", text, "--seed=1"]
+    command = evaluate_lcm.parse_args(given).command
+    assert S not in command
+    assert shlex.split(command) == ["python", "evaluate_lcm.py", *given[:3], redact(text), given[4]]
+
+
+def test_errors_without_secrets(capsys):
+    pattern = f"https://user:{S}@host/{{0..1.tar?sig={S}"
+    with pytest.raises(UserError, match="Unbalanced") as caught:
+        expand_shards([pattern])
+    assert S not in str(caught.value)
+    with pytest.raises(SystemExit):  # a second value, where the option would have to be repeated
+        evaluate_lcm.parse_args(["--pretrained_teacher_model=a", "--trained=b", f"--seed=1 https://user:{S}@host/a"])
+    assert S not in capsys.readouterr().err
+
+    def fail(args):
+        raise UserError(f"--pretrained_teacher_model: cannot load 'https://user:{S}@host/a'")
+
+    with pytest.raises(SystemExit):
+        run(fail, None)
+    error = capsys.readouterr().err
+    assert S not in error and "https://***@host/a" in error
+
+
+@pytest.mark.parametrize("password", [f"{S}[", f"{S}\N{ACCOUNT OF}"])
+def test_what_is_no_address_is_an_unreadable_shard(password):
+    (problem,) = read_shard(f"http://user:{password}@127.0.0.1/a.tar")
+    assert problem.detail.endswith("the address is malformed") and S not in redact(problem.detail)
 
 
 # Shards behind a login.
@@ -176,7 +244,8 @@ def test_no_secret_is_stored_or_shown(teacher, shards, guarded, tmp_path):
     more = [
         f"--train_shards_path_or_url=pipe:AWS_SECRET_ACCESS_KEY={S} sh -c 'cat {second}'",
         f"--train_shards_path_or_url=pipe:curl -u me:{S} nowhere; exit 3",
-        f"--train_shards_path_or_url=http://user:{S}@127.0.0.1:9/gone.tar?token={S}",
+        f"--train_shards_path_or_url=http://user:{S}@{address}?token={S}",  # refused, and not tried again
+        f"--train_shards_path_or_url=http://user:{S}[@127.0.0.1/a.tar",
         "--report_to=all",
         "--train_batch_size=16",
         "--checkpointing_steps=4",
