@@ -16,12 +16,16 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lcm_data import DataConfig, describe, expand_shards
 from lcm_options import UserError, first_line, redact
 from lcm_samples import IMAGE_SUFFIXES, Problem, Unusable, open_image, read_shard, transform
 from lcm_teacher import load_pretrained
+
+try:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+except ImportError:  # transformers 4, whose only one it is
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 logger = logging.getLogger(__name__)
 

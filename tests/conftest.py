@@ -328,8 +328,9 @@ def hub():
         patch.delenv("HF_TOKEN", raising=False)
         for name in ("NO_PROXY", "no_proxy"):
             patch.setenv(name, "127.0.0.1")
-        huggingface_hub.close_session()  # the next one reads the environment anew
+        close_session = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions  # 0.x
+        close_session()  # the next one reads the environment anew
         try:
             yield server
         finally:
-            huggingface_hub.close_session()
+            close_session()

@@ -95,7 +95,8 @@ class Home:
 def make_clip(folder):
     """A random CLIP model with tokenizer and picture processor, for pictures of 12 x 12 pixels."""
     from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from lcm_metrics import CLIPImageProcessorPil
 
     torch.manual_seed(5)
     tokenizer = make_tokenizer()
