@@ -26,9 +26,9 @@ from lcm_options import (
     make_parser,
     number,
     read_prompts,
-    redact,
     run,
 )
+from lcm_secrets import redact
 
 MANY, FEW = "ddim", "ddim-trailing"  # the teacher's samplers; with the usual spacing, "leading", one step says nothing
 GRID_ROWS, LARGEST_CELL = 5, 256  # of grid.png: prompts, and pixels a side of a picture
@@ -258,7 +258,13 @@ def draw(rows, pictures, prompts):
 
 
 def write(folder, results, pictures, prompts):
-    """Write grid.png, results.json and README.md to `folder`, and print the table."""
+    """Write grid.png, results.json and README.md to `folder`, and print the table.
+
+    A README.md that is not of an evaluation stays; evaluation.md is then written in its place.
+    """
+    from lcm_report import mark, report_name
+
+    report = report_name(folder, "evaluation")
     draw(results["rows"], pictures, prompts).save(os.path.join(folder, "grid.png"))
     with open(os.path.join(folder, "results.json"), "w", encoding="utf-8") as file:
         json.dump(results, file, indent=1, ensure_ascii=False)
@@ -277,14 +283,16 @@ def write(folder, results, pictures, prompts):
 ```bash
 {results["command"]}
 ```
+
+{mark("evaluation")}
 """
-    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
+    with open(os.path.join(folder, report), "w", encoding="utf-8") as file:
         file.write(text)
-    print(f"\n{table}\n\n{folder}: README.md with this table, grid.png, results.json")
+    print(f"\n{table}\n\n{folder}: {report} with this table, grid.png, results.json")
 
 
 def main(argv=None):
-    run(evaluate, parse_args(argv))
+    run(evaluate, parse_args(argv), interrupted="Stopped before the table was written.")
 
 
 if __name__ == "__main__":

@@ -12,28 +12,38 @@ import os
 import re
 import shutil
 
-from accelerate.utils import RNG_STATE_NAME, gather_object, load
+from accelerate.utils import RNG_STATE_NAME, SCALER_NAME, gather_object, load
 
 import lcm_sharding
 from lcm_options import UserError, find_checkpoint, first_line, public_options
+from lcm_secrets import without_credentials
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
+RESUME, OVERRIDE = "--resume_from_checkpoint", "--resume_with_changed_options"
 UMASK = os.umask(0)
 os.umask(UMASK)  # it can only be read by setting it
 PARTIAL = ".partial"  # ends the name of a folder that is still being written, or removed
 EXPORT = "export"  # begins the name of the folder in which the results are written before they take their places
 
-# What may differ when a run goes on: where things go and are shown, how long it is, how much memory it takes.
+# What may differ when a run goes on: where things go and are shown, how long it is, how much memory and patience it
+# takes. The memory savers change rounding at most.
 MAY_CHANGE_ON_RESUME = {
     "output_dir", "cache_dir", "logging_dir", "report_to", "tracker_project_name", "local_rank",
-    "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-    "max_train_steps", "num_train_epochs", "max_train_samples", "gradient_checkpointing",
+    "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "resume_with_changed_options",
+    "max_train_steps", "num_train_epochs", "max_train_samples",
+    "gradient_checkpointing", "vae_encode_batch_size", "shard_timeout",
     "logging_steps", "validation_steps", "validation_prompts", "validation_negative_prompt", "num_validation_images",
     "validation_num_inference_steps", "validation_guidance_scale", "validation_resolution", "validation_teacher_steps",
     "push_to_hub", "hub_model_id", "hub_private",
 }  # fmt: skip
+# What a checkpoint's files depend on, so that they could not be loaded.
+CANNOT_CHANGE = {"unet_time_cond_proj_dim", "lora_rank", "lora_target_modules", "use_8bit_adam"}
+# What decides which place in the data a position stands for, beside the number of streams.
+DATA_ORDER = {"seed", "train_shards_path_or_url", "shuffle_buffer_size", "shuffle_buffer_mb"}
+# Which script saved a checkpoint that does not say so: each has these, or lacks them.
+TELLTALES = ("lora_rank", "unet_time_cond_proj_dim", "use_fix_crop_and_size")
 
 
 # Folders that are whole or absent.
@@ -147,30 +157,79 @@ def stored_seed(args):
     return read_state(folder)["options"]["seed"] if folder else None
 
 
+def comparable(name, value):
+    """An option's value without what may be renewed: signatures and credentials in the addresses of shards."""
+    return [without_credentials(pattern) for pattern in value] if name == "train_shards_path_or_url" else value
+
+
+def changed_options(args, stored):
+    """{name: what a checkpoint with the options `stored` was trained with}, for the options of `args` that differ.
+
+    An option that is not stored is newer than the checkpoint, and has the meaning of its default.
+    """
+    changed = {}
+    for name, given in public_options(args).items():
+        if name in MAY_CHANGE_ON_RESUME:
+            continue
+        if name not in stored:
+            if name not in args.left_at_default:
+                changed[name] = args.defaults[name]
+        elif comparable(name, stored[name]) != comparable(name, given):
+            changed[name] = stored[name]
+    return changed
+
+
+def is_fixed(name, stored, given):
+    """Whether a checkpoint cannot be loaded where this option differs."""
+    return name in CANNOT_CHANGE or (name == "ema_decay" and None in (stored, given))  # with one, or without
+
+
+def is_of_other_script(args, state):
+    """Whether another script than that of `args` saved the checkpoint with the state `state`."""
+    if "script" in state:
+        return state["script"] != args.script
+    return any((name in state["options"]) != (name in vars(args)) for name in TELLTALES)
+
+
 def check_resume(args, num_processes):
-    """Raise UserError, naming the option, if `args` name a checkpoint that is not one of this very run."""
+    """Raise UserError, naming the option, if `args` name a checkpoint that is not one of this very run.
+
+    With `--resume_with_changed_options` differences are warnings, unless the checkpoint could not be loaded.
+    """
     folder = folder_to_resume(args)
     if folder is None:
         return
     state = read_state(folder)
+    if is_of_other_script(args, state):
+        saved_by = f"another script, {state['script']}" if "script" in state else "another script"
+        raise UserError(f"{RESUME}: {folder!r} was saved by {saved_by}; allowed: a checkpoint of {args.script}")
+    options = public_options(args)
+    for name in sorted(state["options"].keys() - options.keys()):
+        logger.warning(
+            "%s: the checkpoint's --%s (%r) is ignored; this version has no such option",
+            RESUME, name, state["options"][name],
+        )  # fmt: skip
+    changed = changed_options(args, state["options"])
+    fixed = [name for name in changed if is_fixed(name, changed[name], options[name])]
+    differences = [
+        (f"--{name}", f"{options[name]!r} given, but the checkpoint was trained with {changed[name]!r}")
+        for name in fixed or changed
+    ]
+    if fixed:
+        option, difference = differences[0]
+        raise UserError(
+            f"{option}: {difference}; allowed: the same, or a new run in another --output_dir. {OVERRIDE} does not "
+            "help: the checkpoint's files depend on it"
+        )
     if len(state["data"]) != num_processes:
-        raise UserError(
-            f"--resume_from_checkpoint: saved by {len(state['data'])} processes, but {num_processes} are running; "
-            "allowed: the same number"
-        )
-    stored, options = state["options"], public_options(args)
-    odd = sorted((options.keys() ^ stored.keys()) - MAY_CHANGE_ON_RESUME)
-    if odd:
-        raise UserError(
-            f"--resume_from_checkpoint: {folder!r} was saved by another script, or another version of this one, which "
-            f"differs in --{odd[0]}; allowed: a checkpoint of this script"
-        )
-    for name, given in options.items():
-        if name not in MAY_CHANGE_ON_RESUME and stored.get(name) != given:
+        differences.append((RESUME, f"saved by {len(state['data'])} processes, but {num_processes} are running"))
+    for option, difference in differences:
+        if not args.resume_with_changed_options:
             raise UserError(
-                f"--{name}: {given!r} given, but the checkpoint was trained with {stored.get(name)!r}; "
-                "allowed: the same, or a new run in another --output_dir"
+                f"{option}: {difference}; allowed: the same, or a new run in another --output_dir. {OVERRIDE} resumes "
+                "all the same, but not bit for bit"
             )
+        logger.warning("%s: %s; resuming all the same, not bit for bit (%s)", option, difference, OVERRIDE)
 
 
 class Checkpoints:
@@ -205,12 +264,40 @@ class Checkpoints:
             lcm_sharding.load_state(self.accelerator, self.student, self.optimizer, folder)
         else:
             # accelerate would go on without random states that it cannot read.
-            load(os.path.join(folder, f"{RNG_STATE_NAME}_{self.accelerator.process_index}.pkl"))["torch_manual_seed"]
+            random_states = os.path.join(folder, f"{RNG_STATE_NAME}_{self.accelerator.process_index}.pkl")
+            if os.path.exists(random_states) or not self.args.resume_with_changed_options:
+                load(random_states)["torch_manual_seed"]
+            scaler, scaler_state = self.accelerator.scaler, os.path.join(folder, SCALER_NAME)
+            if self.args.resume_with_changed_options and not os.path.exists(scaler_state):
+                self.accelerator.scaler = None  # saved in another precision; the scale starts as in a new run
             # On the CPU, else AdamW's step counts land on the GPU, and reading them makes every later step wait.
             self.accelerator.load_state(folder, map_location="cpu")
+            self.accelerator.scaler = scaler
             for parameter, moments in self.optimizer.state.items():
                 if moments.get("exp_avg", parameter).shape != parameter.shape:
                     raise ValueError("the optimizer's state is that of other weights")
+
+    def load_with_changed_options(self, folder, state):
+        """Read a checkpoint, but for what the given options decide: those of the optimizer, the schedule of the
+        learning rate, and the order of the data where it is another one."""
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        base_lrs = self.lr_scheduler.base_lrs
+        self.load_state(folder)
+        for group, given in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(given)
+        last_epoch = state["lr_scheduler"]["last_epoch"]
+        self.lr_scheduler.load_state_dict(
+            {**state["lr_scheduler"], "base_lrs": base_lrs, "last_epoch": last_epoch - 1}
+        )
+        self.lr_scheduler.step()  # to `last_epoch`, which gives the optimizer the rate of that step
+        config = self.data.config
+        streams = [config.streams_per_process] * config.num_processes
+        saved_streams = [len(process["positions"]) for process in state["data"]]
+        if saved_streams != streams or DATA_ORDER & changed_options(self.args, state["options"]).keys():
+            logger.warning("The data was in another order; a new pass over all of it begins")
+            self.data.start_new_cycle(state["data"])
+        else:
+            self.data.load_state_dict(state["data"][self.accelerator.process_index])
 
     def save(self, step):
         """Write `checkpoint-{step}`, then remove those beyond `--checkpoints_total_limit`.
@@ -227,9 +314,11 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 state = {
                     "step": step,
+                    "script": self.args.script,
                     "options": public_options(self.args),
                     "data": data_states,
                     "lr_scheduler": self.lr_scheduler.state_dict(),
+                    "trackers": self.trackers.runs,
                 }
                 with open(os.path.join(folder + PARTIAL, STATE_FILE), "w", encoding="utf-8") as file:
                     json.dump(state, file, indent=2)
@@ -272,14 +361,22 @@ class Checkpoints:
                 f"--max_train_steps: {self.args.max_train_steps} given, but {folder!r} is of step {state['step']}; "
                 "allowed: at least that, or an earlier checkpoint"
             )
+        is_changed = self.args.resume_with_changed_options and (
+            changed_options(self.args, state["options"]) or len(state["data"]) != self.accelerator.num_processes
+        )
         try:
-            self.load_state(folder)
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-            self.data.load_state_dict(state["data"][self.accelerator.process_index])
+            if is_changed:
+                self.load_with_changed_options(folder, state)
+            else:
+                self.load_state(folder)
+                self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+                self.data.load_state_dict(state["data"][self.accelerator.process_index])
         except UserError:
             raise
         except Exception as error:  # a damaged file makes the libraries raise nearly anything
             raise UserError(f"--resume_from_checkpoint: cannot load {folder!r}: {first_line(error)}") from error
+        if os.path.samefile(os.path.dirname(os.path.abspath(folder)), self.args.output_dir):
+            self.trackers.runs = state.get("trackers", {})  # from elsewhere it is a branch, with a run of its own
         logger.info("Going on from %s", folder)
         for later in list_checkpoints(self.args.output_dir):
             if int(later.rpartition("-")[2]) > state["step"]:

@@ -15,7 +15,8 @@ import lcm_sharding
 from lcm_checkpoint import whole_entries
 from lcm_options import UserError, default_guidance_scale, first_line, repository_name
 from lcm_progress import METRICS_FILE, MetricsFile
-from lcm_report import draw_curves, model_card, teacher_name
+from lcm_report import Machine, draw_curves, model_card, report_name, teacher_name
+from lcm_validation import pages_of
 
 logger = logging.getLogger(__name__)
 
@@ -84,24 +85,27 @@ class FullModel:
         folder = os.path.join(output_dir, self.exported)
         return {name: os.path.join(folder, name) for name in sorted(os.listdir(folder))}
 
-    def usage_code(self, teacher, source, on_hub):
-        """Python that samples from what lies at `source`, a repository if `on_hub`, else this run's output folder."""
+    def usage_code(self, teacher, source, on_hub, machine):
+        """Python that samples from `source`, a repository if `on_hub`, else this run's output folder, on a Machine."""
         args = self.args
         where = "" if on_hub else f', subfolder="{self.exported}"'
+        where += ', variant="fp16"' if machine.device != "cpu" else ""
         scale, steps = default_guidance_scale(args), min(4, args.num_ddim_timesteps)
         return f"""\
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 
-unet = UNet2DConditionModel.from_pretrained("{source}"{where}, variant="fp16", dtype=torch.float16)
+{machine.other_kind}
+unet = UNet2DConditionModel.from_pretrained("{source}"{where}, {machine.dtype})
 scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
 pipeline = DiffusionPipeline.from_pretrained(
-    "{teacher}", unet=unet, scheduler=scheduler, dtype=torch.float16
-).to("cuda")
+    "{teacher}", unet=unet, scheduler=scheduler, {machine.dtype}
+){machine.move}
 
 # Trained for guidance scales from {args.w_min + 1:g} to {args.w_max + 1:g}; a negative prompt has no effect.
 prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
 image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={scale:g}).images[0]
+image.save("lcm.png")
 """
 
     def card_text(self):
@@ -136,14 +140,21 @@ class Export:
         trained = self.trained.gathered()
         if self.accelerator.is_main_process:
             output_dir = self.args.output_dir
-            code = trained.usage_code(self.args.pretrained_teacher_model, output_dir, on_hub=False)
+            here = Machine(self.accelerator.device.type)
+            code = trained.usage_code(self.args.pretrained_teacher_model, output_dir, False, here)
             self.draw_curves()
-            pictures = {what: os.path.relpath(path, output_dir) for what, path in self.pictures(steps).items()}
+            pictures = {
+                what: [os.path.relpath(path, output_dir) for path in paths]
+                for what, paths in self.pictures(steps).items()
+            }
+            report = report_name(output_dir, "model_card")
+            if report != "README.md":
+                logger.warning("%s/README.md is not a run's report and stays; the report is %s", output_dir, report)
             try:
                 with whole_entries(output_dir) as folder:
                     trained.export(folder)
                     card = model_card(self.args, trained, code, steps, pictures)
-                    card.save(os.path.join(folder, "README.md"))
+                    card.save(os.path.join(folder, report))
             except Exception as error:  # for a full disk safetensors raises an error of its own
                 raise UserError(
                     f"--output_dir: cannot write to {output_dir!r}: {first_line(error)}; checkpoints are intact"
@@ -152,7 +163,7 @@ class Export:
                 f"\nTrained to step {steps}, {seconds:.0f} s in this session. {tally}.\n",
                 *trained.describe(output_dir),
                 f"{output_dir}/scheduler: the scheduler that fits",
-                f"{output_dir}/validation: pictures; {output_dir}/{CURVES_FILE}: curves; {output_dir}/README.md: the "
+                f"{output_dir}/validation: pictures; {output_dir}/{CURVES_FILE}: curves; {output_dir}/{report}: the "
                 "report with both",
                 f"{output_dir}/{METRICS_FILE}, {output_dir}/{self.args.logging_dir}: the curves as numbers\n",
             ]
@@ -170,12 +181,12 @@ class Export:
             logger.warning("No curves: %s", first_line(error))
 
     def pictures(self, steps):
-        """Paths of those pictures of the report that there are: {"validation": path, "training": path}."""
-        paths = {
-            "validation": os.path.join(self.args.output_dir, "validation", f"step-{steps:06d}.png"),
-            "training": os.path.join(self.args.output_dir, CURVES_FILE),
+        """Paths of those pictures of the report that there are: {"validation": pages, "training": curves}, lists."""
+        curves = os.path.join(self.args.output_dir, CURVES_FILE)
+        return {
+            "validation": pages_of(self.args.output_dir, steps),
+            "training": [curves] if os.path.isfile(curves) else [],
         }
-        return {what: path for what, path in paths.items() if os.path.isfile(path)}
 
     def stop(self, steps, seconds):
         """Say where a run that was told to stop goes on."""
@@ -194,13 +205,17 @@ class Export:
         client's own retries; everything is on disk by then.
         """
         output_dir = self.args.output_dir
-        code = self.trained.usage_code(teacher_name(self.args), self.repo_id, on_hub=True)
-        pictures = self.pictures(steps)
-        card = model_card(self.args, self.trained, code, steps, {what: f"{what}.png" for what in pictures})
+        code = self.trained.usage_code(teacher_name(self.args), self.repo_id, True, Machine("cuda"))
+        pictures = {  # {path in the repository: path here}
+            what: {f"{what}{f'-{i}' if len(paths) > 1 else ''}.png": path for i, path in enumerate(paths, 1)}
+            for what, paths in self.pictures(steps).items()
+        }
+        card = model_card(self.args, self.trained, code, steps, {what: [*names] for what, names in pictures.items()})
         files = {
             **self.trained.pushed_files(output_dir),
             "scheduler/scheduler_config.json": os.path.join(output_dir, "scheduler", "scheduler_config.json"),
-            **{f"{what}.png": path for what, path in pictures.items()},
+            **pictures["validation"],
+            **pictures["training"],
             "README.md": str(card).encode(),
         }
         try:

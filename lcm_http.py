@@ -1,19 +1,32 @@
 """A shard behind http(s)://, read in order; where a connection breaks or stalls it is opened anew at the same byte."""
 
+import base64
 import http.client
 import io
 import logging
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 
-from lcm_options import redact
+from lcm_secrets import redact
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 60  # seconds without a byte, after which the connection is opened anew
 WAITS = (1, 2, 4, 8, 16)  # seconds before each new try; a byte that arrives makes the count start anew
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # statuses that may be better a moment later
+
+
+def split_login(url):
+    """(`url` without user and password, the header `Authorization` that stands for them, None if there are none)."""
+    parts = urllib.parse.urlsplit(url)
+    login, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return url, None
+    name, _, password = login.partition(":")
+    plain = f"{urllib.parse.unquote(name)}:{urllib.parse.unquote(password)}"
+    return parts._replace(netloc=host).geturl(), f"Basic {base64.b64encode(plain.encode()).decode()}"
 
 
 class HttpFile(io.RawIOBase):
@@ -24,7 +37,7 @@ class HttpFile(io.RawIOBase):
     """
 
     def __init__(self, url, timeout=TIMEOUT):
-        self.url, self.timeout = url, min(timeout, TIMEOUT)
+        self.url, self.login, self.timeout = *split_login(url), min(timeout, TIMEOUT)
         self.offset, self.length, self.tries, self.response = 0, None, 0, None
 
     def readable(self):
@@ -33,6 +46,8 @@ class HttpFile(io.RawIOBase):
     def open_at_offset(self):
         """Ask for the body from `offset` on. A server without ranges sends all of it; what was read is passed over."""
         request = urllib.request.Request(self.url, headers={"User-Agent": "lcm-distill"})
+        if self.login:
+            request.add_unredirected_header("Authorization", self.login)  # not for a host that it is sent on to
         if self.offset:
             request.add_header("Range", f"bytes={self.offset}-")
         response = urllib.request.urlopen(request, timeout=self.timeout)

@@ -105,6 +105,22 @@ def adapter_parameters(unet, adapter):
     }
 
 
+def switch(layers, adapter):
+    """Make `adapter`, or none, the active one in `layers`, and leave every requires_grad as it is.
+
+    peft's `set_adapter` and `enable_adapters` also set requires_grad on each weight, which takes most of their time
+    and means nothing under no_grad. Attributes are set past `torch.nn.Module.__setattr__`, which takes most of what is
+    left. Raises RuntimeError if a future peft keeps its switches elsewhere; without the check the teacher would
+    silently be the student.
+    """
+    state = {"_disable_adapters": adapter is None} | ({} if adapter is None else {"_active_adapter": [adapter]})
+    for layer in layers:
+        vars(layer).update(state)
+    first = next(iter(layers))
+    if first.disable_adapters != (adapter is None) or adapter not in (None, *first.active_adapters):
+        raise RuntimeError("this version of peft does not switch adapters by _disable_adapters and _active_adapter")
+
+
 class AdapterView:
     """The U-Net with one of its adapters, or with none, and without dropout; called under no_grad.
 
@@ -117,7 +133,7 @@ class AdapterView:
         self.unet, self.adapter = unet, adapter
         # Kept in lists, because walking through all modules of SDXL takes 25 ms each time.
         self.layers = adapter_layers(unet)
-        self.dropouts = [module for module in unet.modules() if isinstance(module, torch.nn.Dropout)]
+        self.dropouts = [module for module in unet.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
 
     @contextlib.contextmanager
     def active(self):
@@ -125,21 +141,15 @@ class AdapterView:
         was_training = [dropout.training for dropout in self.dropouts]
         try:
             for dropout in self.dropouts:
-                dropout.eval()
-            for layer in self.layers:
-                if self.adapter is None:
-                    layer.enable_adapters(False)
-                elif self.adapter != TRAINED:
-                    layer.set_adapter(self.adapter, inference_mode=True)
+                vars(dropout)["training"] = False
+            if self.adapter != TRAINED:
+                switch(self.layers, self.adapter)
             yield self.unet
         finally:
-            for layer in self.layers:
-                if self.adapter is None:
-                    layer.enable_adapters(True)
-                elif self.adapter != TRAINED:
-                    layer.set_adapter(TRAINED)
+            if self.adapter != TRAINED:
+                switch(self.layers, TRAINED)
             for dropout, training in zip(self.dropouts, was_training, strict=True):
-                dropout.train(training)
+                vars(dropout)["training"] = training
 
     @torch.no_grad()
     def __call__(self, *args, **kwargs):
@@ -255,20 +265,22 @@ class LoraModel:
         """What goes to the Hub, as {path in the repository: path here}."""
         return {name: os.path.join(output_dir, name) for name in (DIFFUSERS_FILE, KOHYA_FILE)}
 
-    def usage_code(self, teacher, source, on_hub):
-        """Python that samples with what lies at `source`, a repository or this run's output folder."""
+    def usage_code(self, teacher, source, on_hub, machine):
+        """Python that samples with what lies at `source`, a repository or this run's output folder, on a Machine."""
         args = self.args
         return f"""\
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 
-pipeline = DiffusionPipeline.from_pretrained("{teacher}", dtype=torch.float16).to("cuda")
+{machine.other_kind}
+pipeline = DiffusionPipeline.from_pretrained("{teacher}", {machine.dtype}){machine.move}
 pipeline.scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
-pipeline.load_lora_weights("{source}")
+pipeline.load_lora_weights("{source}", weight_name="{DIFFUSERS_FILE}")
 
 # Guidance is part of what was learned: 1 adds none; from 1 to 2 a negative prompt has an effect.
 prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
 image = pipeline(prompt, num_inference_steps={min(4, args.num_ddim_timesteps)}, guidance_scale=1).images[0]
+image.save("lcm.png")
 """
 
     def card_text(self):

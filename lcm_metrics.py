@@ -18,8 +18,9 @@ import torch
 import transformers
 
 from lcm_data import DataConfig, describe, expand_shards
-from lcm_options import UserError, first_line, redact
+from lcm_options import UserError, first_line
 from lcm_samples import IMAGE_SUFFIXES, Problem, Unusable, open_image, read_shard, transform
+from lcm_secrets import redact
 from lcm_teacher import load_pretrained
 
 try:

@@ -13,6 +13,8 @@ import os
 import re
 import sys
 
+from lcm_secrets import redact
+
 VALIDATION_PROMPTS = [
     "a watercolour of a lighthouse on a cliff at dusk, gentle waves, warm light in the windows",
     "portrait of an old fisherman in a yellow raincoat, shallow depth of field, overcast morning",
@@ -31,6 +33,14 @@ SCHEDULERS = {
     "unipc-trailing": ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}),
     "lcm": ("LCMScheduler", {}),
 }
+
+# What accelerate can log to, and the packages of which each needs one.
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    **{name: (name,) for name in (
+        "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio",
+    )},
+}  # fmt: skip
 
 BEFORE_ERROR = []  # callables that `run` calls before it prints an error; the progress bar puts its `close` here
 AT_END = []  # and those that it calls when all that `train` built is gone
@@ -56,6 +66,13 @@ class Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(name, self._option_string_actions, n=1)
             message = f"{name}: no such option" + (f"; did you mean {close[0]}?" if close else "; see --help")
         self.exit(2, message.replace("\n", " ") + "\n")
+
+
+class Options(argparse.Namespace):
+    """A script's options, as `vars()` has them; and beside them, for a resume: the file name of the `script`, the
+    parser's `defaults` by name, and the names of those `left_at_default`, also where a value is filled in later."""
+
+    __slots__ = ("defaults", "left_at_default", "script")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -128,9 +145,9 @@ def names(value):
     return value
 
 
-def make_parser(description):
-    """An empty parser with the script's docstring as its description."""
-    return Parser(description=description, formatter_class=HelpFormatter)
+def make_parser(description, script=None):
+    """An empty parser with the script's docstring as its description, and its file name as the program's."""
+    return Parser(script and os.path.basename(script), description=description, formatter_class=HelpFormatter)
 
 
 def add_model_options(parser):
@@ -157,8 +174,9 @@ def add_output_options(parser):
         help="Decides data order, noise, timesteps and guidance. Drawn, logged and stored if not given.")
     add("--logging_dir", type=text, default="logs", metavar="FOLDER",
         help="Folder of the trackers' files, inside --output_dir.")
-    add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "comet_ml", "all", "none"],
-        help="Where losses and pictures are logged; `all` takes every tracker that is installed.")
+    add("--report_to", default="tensorboard", choices=[*TRACKERS, "all", "none"],
+        help="Where metrics and pictures are logged; `all` takes every tracker that is installed. mlflow, dvclive and "
+             "trackio get metrics alone.")
     add("--tracker_project_name", type=text, default="text2image-fine-tune", metavar="NAME",
         help="The project under which the trackers file this run.")
     add("--logging_steps", type=integer(1), default=10, metavar="STEPS",
@@ -169,6 +187,11 @@ def add_output_options(parser):
         help="Keep the newest N checkpoints; older ones go once the new one is safe. All are kept if unset.")
     add("--resume_from_checkpoint", metavar="latest|FOLDER",
         help="Go on from a checkpoint, by name in --output_dir or by path. `latest` starts anew if there is none.")
+    add("--resume_with_changed_options", action="store_true",
+        help="Resume although options, or the number of processes, differ from the checkpoint's: each difference is a "
+             "warning, not an error. It costs exactness: the run is not bit for bit the one that it would have been. "
+             "Where this changes the order of the data, a new pass over all of it begins. The script and the shape of "
+             "what is trained cannot change.")
 
 
 def add_data_options(parser, resolution, max_watermark_probability=None):
@@ -363,7 +386,10 @@ def add_hub_options(parser):
 
 def parse(parser, argv=None):
     """Parse and check; on a wrong option print one line that begins with its name, and exit with status 2."""
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, Options())
+    args.script = parser.prog
+    args.defaults = {name: parser.get_default(name) for name in vars(args)}
+    args.left_at_default = {name for name, value in vars(args).items() if value == args.defaults[name]}
 
     def need(condition, option, message):
         if not condition:
@@ -382,10 +408,10 @@ def parse(parser, argv=None):
          f"{most} given; allowed: at most --num_ddim_timesteps, {args.num_ddim_timesteps}")
     need(not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes"), "--use_8bit_adam",
          "the package bitsandbytes is not installed")
-    need(args.report_to in ("all", "none") or importlib.util.find_spec(args.report_to), "--report_to",
-         f"{args.report_to} given, but the package {args.report_to} is not installed")
-    need(not (args.report_to in ("wandb", "comet_ml", "all") and args.hub_token), "--hub_token",
-         "the tracker would record it with the command line; use `hf auth login` or HF_TOKEN instead")
+    need(args.report_to in ("all", "none") or any(map(importlib.util.find_spec, TRACKERS[args.report_to])),
+         "--report_to", f"{args.report_to} given, but the package {args.report_to} is not installed")
+    need(args.report_to in ("tensorboard", "none") or not args.hub_token, "--hub_token",
+         "trackers may record it with the command line; use `hf auth login` or HF_TOKEN instead")
     name = repository_name(args)
     need(not args.push_to_hub or is_repository_name(name), "--hub_model_id",
          f"{name!r} is no name on the Hub; allowed: NAME or USER/NAME, of letters, digits, -, _ and .")
@@ -399,6 +425,8 @@ def parse(parser, argv=None):
     resume = args.resume_from_checkpoint
     need(resume in (None, "latest") or find_checkpoint(args.output_dir, resume), "--resume_from_checkpoint",
          f"{resume!r} is neither a folder in {args.output_dir!r} nor a path; allowed: latest, or a folder")
+    need(resume or not args.resume_with_changed_options, "--resume_with_changed_options",
+         "given without --resume_from_checkpoint; allowed: both, or neither")
     args.validation_prompts = read_prompts(parser, "--validation_prompts", args.validation_prompts)
     if args.validation_teacher_steps is None:
         args.validation_teacher_steps = sorted({most, 25})
@@ -456,16 +484,15 @@ def first_line(error):
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def redact(text):
-    """`text` without the access tokens that addresses of shards may hold."""
-    return re.sub(r"(?i)(bearer\s+|hf_)[\w.-]{8,}", r"\1***", text)
-
-
 def public_options(args):
-    """The options as a dict that may be logged, stored and shown: without access tokens."""
-    options = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    options["train_shards_path_or_url"] = [redact(pattern) for pattern in args.train_shards_path_or_url]
-    return options
+    """The options as a dict that may be logged, stored and shown: without secrets."""
+
+    def public(value):
+        if isinstance(value, list):
+            return [public(part) for part in value]
+        return redact(value) if isinstance(value, str) else value
+
+    return {name: public(value) for name, value in vars(args).items() if name != "hub_token"}
 
 
 def default_guidance_scale(args):
@@ -473,8 +500,11 @@ def default_guidance_scale(args):
     return min(max(7.5, args.w_min + 1), args.w_max + 1)
 
 
-def run(train, args):
-    """Call `train(args)`; a UserError becomes one line on standard error and exit status 1."""
+def run(train, args, interrupted="Stopped before the first step."):
+    """Call `train(args)`; a UserError becomes one line on standard error and exit status 1.
+
+    `interrupted` is what Ctrl-C prints; a training run takes it as a signal from its first step to its end.
+    """
     # What the libraries say while they are imported (absent torchvision, absent kernels) concerns nothing here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -488,8 +518,8 @@ def run(train, args):
             call()
         print(f"{error}".replace("\n", " "), file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:  # before the loop, which takes signals otherwise
-        print("\nStopped before the first step.", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
     BEFORE_ERROR.clear()  # the last reference to what the run built
     for call in AT_END:

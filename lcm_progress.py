@@ -6,13 +6,13 @@ step, and the host waits for the device once.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
 import os
 import resource
 import signal
-import sys
 import threading
 import time
 
@@ -21,21 +21,25 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lcm_common import relative_distance
-from lcm_options import BEFORE_ERROR, UserError
+from lcm_options import AT_END, BEFORE_ERROR, UserError
 from lcm_training import samples_per_step
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+IN_EVERY_ROW = {"step", "loss", "lr", "images_per_second"}  # of that file
+START_OF_A_ROW = '{"step": '
 MAX_SKIPPED_IN_A_ROW = 50  # the scaler halves its scale of 65536 at each: by then no scale is left
 QUARTERS = 4  # of the teacher's timesteps
 
 
 class StopSignals:
-    """SIGTERM and SIGINT, which ask for a checkpoint and a clean end after the current step; a second ends at once."""
+    """SIGTERM and SIGINT. In the loop they ask for a checkpoint and a clean end after the current step; after it the
+    pictures and results are finished, which is all there is left to do. A second one ends at once.
+    """
 
-    def __init__(self, speaks):
-        self.received, self.speaks = None, speaks
+    def __init__(self, speaks, after_loop=False):
+        self.received, self.speaks, self.after_loop = None, speaks, after_loop
         self.previous = {}
         if threading.current_thread() is threading.main_thread():  # nowhere else can a handler be set
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -47,8 +51,12 @@ class StopSignals:
             signal.raise_signal(number)
         self.received = signal.Signals(number).name
         if self.speaks:
-            words = f"\n{self.received}: finishing the step, then saving a checkpoint; once more ends at once\n"
-            os.write(sys.stderr.fileno(), words.encode())  # logging may be in the middle of a line
+            what = "finishing the step, then saving a checkpoint"
+            if self.after_loop:
+                what = "all steps are done; finishing pictures, results and uploads"
+            words = f"\n{self.received}: {what}; once more ends at once\n"
+            with contextlib.suppress(OSError):  # a closed terminal must not cost the checkpoint
+                os.write(2, words.encode())  # not by `logging`, which may be in the middle of a line
 
     def restore(self):
         """Put the handlers of before back."""
@@ -65,40 +73,79 @@ class MetricsFile:
         self.has_failed = False
 
     def read(self):
-        """All rows, as dicts; a line that a kill has cut is left out."""
-        rows = []
+        """The rows, as dicts of numbers."""
+        return self.read_lines()[0]
+
+    def read_lines(self):
+        """The rows, as dicts of numbers, and how many lines are none; a row that a kill has cut does not count."""
+        rows, others = [], 0
         if os.path.isfile(self.path):
             with open(self.path, encoding="utf-8", errors="replace") as file:
                 for line in file:
                     try:
-                        rows.append(json.loads(line))
+                        row = json.loads(line)
                     except ValueError:
+                        others += line.endswith("\n") or not line.startswith(START_OF_A_ROW[: len(line)])
                         continue
-        return rows
+                    if is_row(row):
+                        rows.append(row)
+                    else:
+                        others += 1
+        return rows, others
 
     def go_on_from(self, step):
-        """Drop the rows after `step`, which are about to be trained again, and those of an earlier run."""
-        rows = [row for row in self.read() if row["step"] <= step]
-        with open(self.path + ".partial", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        os.replace(file.name, self.path)
+        """Drop the rows after `step`, which are about to be trained again, and those of an earlier run.
+
+        A file that holds anything else is another program's, or was edited: it is kept under another name.
+        """
+        try:
+            rows, others = self.read_lines()
+            if others:
+                kept = next(name for i in itertools.count(1) if not os.path.exists(name := f"{self.path}.{i}"))
+                os.rename(self.path, kept)
+                logger.warning("%d line(s) of %s are no metrics of a run; it is now %s", others, self.path, kept)
+            with open(self.path + ".partial", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+            os.replace(file.name, self.path)
+        except OSError as error:
+            self.warn(error)
 
     def append(self, row):
-        """Add one row; a failure is logged once, for numbers are not worth a run."""
+        """Add one row."""
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        except OSError as error:  # a full disk
-            if not self.has_failed:
-                logger.warning("Metrics are not written to %s: %s", self.path, error)
-            self.has_failed = True
+        except OSError as error:
+            self.warn(error)
+
+    def warn(self, error):
+        """Log once that metrics cannot be written, as on a full disk: numbers are not worth a run."""
+        if not self.has_failed:
+            logger.warning("Metrics are not written to %s: %s", self.path, error)
+        self.has_failed = True
+
+
+def is_row(value):
+    """Whether the JSON value of a line is a row of `metrics.jsonl`."""
+    if not isinstance(value, dict) or not value.keys() >= IN_EVERY_ROW or type(value["step"]) is not int:
+        return False
+    return all(type(number) in (int, float) for number in value.values())
 
 
 def peak_memory(device):
-    """The most memory that this process had, in bytes: of the GPU, or without one of the machine."""
+    """The most memory in bytes: of the GPU since `reset_peak_memory`, or without one of this process in its life."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory(device):
+    """Begin to measure `peak_memory` again, without waiting for the device; a process's own peak is left as it is.
+
+    Linux can reset that one, too, but for everyone: `time -v` and cluster managers would then report too little.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 class Window:
@@ -108,6 +155,7 @@ class Window:
         self.losses, self.counts = [0.0] * QUARTERS, [0] * QUARTERS  # of samples, by quarter of the timesteps
         self.gradient_norms, self.steps = [], 0
         self.seconds = self.waited = 0.0
+        self.peak_memory = 0  # bytes, of the step that took most
 
     def add(self, losses, counts, gradient_norm):
         self.losses = [a + b for a, b in zip(self.losses, losses, strict=True)]
@@ -151,11 +199,13 @@ class Progress:
         self.file = MetricsFile(args.output_dir)
         if accelerator.is_main_process:
             self.file.go_on_from(first_step)
-        self.signals = StopSignals(speaks=accelerator.is_local_main_process)
+        self.signals = StopSignals(accelerator.is_local_main_process, after_loop=first_step >= args.max_train_steps)
         self.stopping = False
-        BEFORE_ERROR.append(self.close)
+        BEFORE_ERROR.extend([self.close, self.signals.restore])
+        AT_END.append(self.signals.restore)
         self.started = self.last = time.perf_counter()
         self.waited = 0.0
+        reset_peak_memory(accelerator.device)
         self.sums = torch.zeros(2, QUARTERS, device=accelerator.device)  # losses, counts
         self.window = Window()
         self.skipped_in_a_row = 0
@@ -169,8 +219,9 @@ class Progress:
             started = time.perf_counter()
 
     def restart_clock(self):
-        """Leave what was done since the last step, pictures and checkpoints, out of the speed that is shown."""
+        """Leave what was done since the last step, pictures and checkpoints, out of the speed and memory of steps."""
         self.last = time.perf_counter()
+        reset_peak_memory(self.accelerator.device)
 
     def add_losses(self, losses, t):
         """Keep the losses of one forward pass and their timesteps, both (B,), without waiting for them."""
@@ -188,6 +239,8 @@ class Progress:
         finite. With fp16 the gradient scaler skips a step whose gradients overflow, so that only many such steps in a
         row are an error.
         """
+        # Before `received` is read: a signal that comes between the two saves a checkpoint, and promises none.
+        self.signals.after_loop = step >= self.args.max_train_steps
         stop = self.sums.new_tensor([float(self.signals.received is not None)])
         shared = self.accelerator.reduce(torch.cat([self.sums.flatten(), stop]), reduction="sum")
         alike = [gradient_norm]  # on all processes
@@ -227,6 +280,7 @@ class Progress:
         self.window.seconds += seconds
         self.window.waited += self.waited
         self.waited = 0.0
+        self.window.peak_memory = max(self.window.peak_memory, peak_memory(self.accelerator.device))
         images_per_second = self.samples_per_step * self.window.steps / self.window.seconds
         waited = self.window.waited / self.window.seconds
         self.bar.update(1)
@@ -241,7 +295,7 @@ class Progress:
             "lr": learning_rate,
             "images_per_second": images_per_second,
             "data_wait": min(waited, 1.0),
-            "peak_memory_gb": peak_memory(self.accelerator.device) / 1e9,
+            "peak_memory_gb": self.window.peak_memory / 1e9,
         }
         if self.distance:
             metrics["ema_distance"] = self.distance[0]
@@ -251,8 +305,7 @@ class Progress:
             self.file.append({"step": step, **metrics})
 
     def close(self):
-        """End the bar, and take signals as before; returns the seconds since it began."""
-        self.signals.restore()
+        """End the bar; returns the seconds since it began."""
         self.bar.close()
         self.log_above_bar.close()
         return time.perf_counter() - self.started

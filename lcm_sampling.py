@@ -19,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from lcm_lora import DIFFUSERS_FILE, adapter_layers
 from lcm_options import SCHEDULERS, UserError, first_line
-from lcm_teacher import OPTION, load_config, load_part, load_pretrained
+from lcm_teacher import DTYPE, OPTION, load_config, load_part, load_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,8 @@ def load_teacher(args):
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args.dtype = args.dtype or ("float16" if device == "cuda" else "float32")
-    parts = {"dtype": getattr(torch, args.dtype), "variant": args.variant}
+    dtype = getattr(torch, args.dtype)
+    parts = {DTYPE: dtype, "variant": args.variant}
     index = load_config(diffusers.DiffusionPipeline, args)
     if "unet" not in index:
         raise UserError(f"{OPTION}: {index.get('_class_name')} has no U-Net; allowed: Stable Diffusion and SDXL")
@@ -42,7 +43,7 @@ def load_teacher(args):
         parts |= {"safety_checker": None, "requires_safety_checker": False}
     if args.pretrained_vae_model_name_or_path:
         path = args.pretrained_vae_model_name_or_path
-        parts["vae"] = load_part(diffusers.AutoencoderKL, args, None, path, dtype=parts["dtype"])
+        parts["vae"] = load_part(diffusers.AutoencoderKL, args, None, path, dtype=dtype)
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # errors are raised, too
     transformers.utils.logging.disable_progress_bar()

@@ -10,10 +10,14 @@ import inspect
 import diffusers
 import torch
 import transformers
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from packaging import version
 
 from lcm_options import UserError, first_line
 
 OPTION = "--pretrained_teacher_model"
+# What diffusers' `from_pretrained` calls it, which until 0.40 did not know `dtype`.
+DTYPE = "dtype" if version.parse(diffusers.__version__) >= version.parse("0.40") else "torch_dtype"
 NO_OTHER_INPUTS = {"class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim_type": None}  # of a U-Net
 
 
@@ -36,6 +40,8 @@ def load_pretrained(loader, option, source, **kwargs):
     where = f"{source!r}" + (f", part {subfolder!r}" if subfolder else "")
     if kwargs.get("revision") is not None:
         where += f" at revision {kwargs['revision']!r}"
+    if "dtype" in kwargs and issubclass(loader, diffusers.ModelMixin):
+        kwargs[DTYPE] = kwargs.pop("dtype")
     has_weights = issubclass(loader, torch.nn.Module)
     if has_weights:
         kwargs["output_loading_info"] = True
@@ -166,11 +172,12 @@ def load_unet(args, encode_prompts, dtype):
 
 
 def encode_pixels(vae, pixels, batch_size, generator):
-    """z_0: a scaled sample of the VAE's posterior. `pixels` (B, 3, H, W) in [-1, 1]; returns (B, C, h, w) float32."""
-    latents = [
-        vae.encode(part.to(vae.dtype)).latent_dist.sample(generator).float() for part in pixels.split(batch_size)
-    ]
-    return torch.cat(latents) * vae.config.scaling_factor
+    """z_0: a scaled sample of the VAE's posterior. `pixels` (B, 3, H, W) in [-1, 1]; returns (B, C, h, w) float32.
+
+    `batch_size` pictures are encoded at once. The noise is drawn for all B together, so that it does not depend on it.
+    """
+    moments = [vae.encode(part.to(vae.dtype)).latent_dist.parameters for part in pixels.split(batch_size)]
+    return DiagonalGaussianDistribution(torch.cat(moments)).sample(generator).float() * vae.config.scaling_factor
 
 
 def load_tokenizer(args, subfolder):

@@ -220,3 +220,13 @@ def describe_run(args, accelerator, student, solver, data_config, steps_per_epoc
             args.num_ddim_timesteps,
             solver.timesteps[-1],
         )
+    low, high = args.w_min + 1, args.w_max + 1
+    outside = [scale for scale in args.validation_guidance_scale or () if not low <= scale <= high]
+    if outside and hasattr(args, "unet_time_cond_proj_dim"):  # guidance is an input; of a LoRA it is not
+        logger.warning(
+            "--validation_guidance_scale: %s lies outside of [%g, %g], w_min + 1 to w_max + 1: the student is not "
+            "trained for it",
+            ", ".join(f"{scale:g}" for scale in outside),
+            low,
+            high,
+        )

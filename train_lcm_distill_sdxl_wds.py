@@ -32,7 +32,7 @@ from lcm_options import (
 
 def parse_args(argv=None):
     """The options, checked; heavy imports come after this, so that a mistake is answered at once."""
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, __file__)
     add_model_options(parser)
     add_output_options(parser)
     add_sdxl_options(add_data_options(parser, resolution=1024, max_watermark_probability=0.5))

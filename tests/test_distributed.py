@@ -89,6 +89,20 @@ def test_another_number_of_processes_is_refused(sd, ddp, capsys):
     assert "--resume_from_checkpoint: saved by 2 processes, but 1 are running" in capsys.readouterr().err
 
 
+def test_another_number_of_processes_with_the_override(sd, ddp, tmp_path):
+    """From two to one, and on to two, of which the second finds no random state of its own; every sample counts."""
+    folder = killed_after_step_2(ddp, tmp_path)
+    more = ["--checkpointing_steps=2", "--resume_from_checkpoint=latest", "--resume_with_changed_options"]
+    sd.main(folder, *more, "--scale_lr")
+    run("ddp", sd, folder, *more, "--scale_lr", "--max_train_steps=6")
+    states = [json.loads((folder / f"checkpoint-{n}/training_state.json").read_text())["data"] for n in (2, 4, 6)]
+    assert [len(state) for state in states] == [2, 1, 2]
+    assert [sum(process["num_used"] for process in state) for state in states] == [8, 12, 20]
+    passes = [{position["pass_index"] for process in state for position in process["positions"]} for state in states]
+    assert max(passes[0]) < min(passes[1]) and max(passes[1]) < min(passes[2])
+    assert [row["lr"] for row in metrics(folder)[-4:]] == pytest.approx([2e-3, 2e-3, 4e-3, 4e-3])
+
+
 def test_fsdp_trains_saves_resumes_and_exports(sd, ddp, tmp_path):
     """As DistributedDataParallel to rounding, resumed bit for bit; whole weights that diffusers loads; pictures."""
     from diffusers import UNet2DConditionModel

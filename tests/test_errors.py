@@ -155,7 +155,7 @@ def wrong_value(option, value, says):
 
 def without_package(name):
     def prepare(place):
-        place.patch.setattr(importlib.util, "find_spec", lambda package: None if package == name else "there")
+        place.patch.setattr(importlib.util, "find_spec", lambda package: None if name in package else "there")
         return []
 
     return prepare
@@ -216,9 +216,9 @@ WRONG_OPTIONS = [
     wrong("prompts-no-file", "--validation_prompts", "'prompts.txt' is no file", "--validation_prompts=prompts.txt"),
     # comet_ml records sys.argv as well (`get_command` in its env_logging.py).
     *(wrong(f"token-with-{tracker}", "--hub_token", "HF_TOKEN", f"--report_to={tracker}", "--hub_token=hf_secret")
-      for tracker in ("wandb", "comet_ml", "all")),
+      for tracker in ("wandb", "comet_ml", "mlflow", "all")),
     *(wrong(f"no-{name}", "--report_to", f"{name} is not installed", f"--report_to={name}",
-            prepare=without_package(name)) for name in ("tensorboard", "wandb", "comet_ml")),
+            prepare=without_package(name)) for name in ("tensorboard", "wandb", "comet_ml", "mlflow")),
     wrong("no-bitsandbytes", "--use_8bit_adam", "bitsandbytes is not installed", "--use_8bit_adam",
           prepare=without_package("bitsandbytes")),
     *(wrong(f"hub-name-{name}", "--hub_model_id", (repr(name), "allowed: NAME or USER/NAME"), "--push_to_hub",
@@ -235,6 +235,8 @@ WRONG_OPTIONS = [
           prepare=file_at("out/logs")),
     *(wrong(f"resume={name}", RESUME, (repr(name), "allowed: latest"), f"{RESUME}={name}")
       for name in ("checkpoint-9", "nowhere/checkpoint-7", "")),
+    wrong("changed-options-of-nothing", "--resume_with_changed_options", "without --resume_from_checkpoint",
+          "--resume_with_changed_options"),
     wrong("resume-is-a-file", RESUME, "'file'", prepare=file_at("file", f"{RESUME}=file")),
 ]  # fmt: skip
 

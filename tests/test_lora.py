@@ -11,6 +11,7 @@ from conftest import make_unet
 from diffusers import UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -118,6 +119,34 @@ def test_a_view_leaves_the_student_as_it_was(inputs, adapter, fails):
     assert state() == before
     trained = {name for name, _ in unet.named_parameters() if f".{TRAINED}." in name}
     assert before[2] == trained
+
+
+@pytest.mark.parametrize("adapter", [None, TRAINED, EMA])
+def test_a_view_computes_what_pefts_own_switches_give(inputs, adapter):
+    unet, _ = student_unet(lora_dropout=0.5, ema_decay=0.9)
+    randomise(unet, EMA, seed=2)
+    expected = copy.deepcopy(unet).eval()
+    if adapter is None:
+        expected.disable_adapters()
+    else:
+        expected.set_adapter(adapter)
+    assert torch.equal(AdapterView(unet, adapter)(*inputs).sample, expected(*inputs).sample)
+
+
+@pytest.mark.parametrize("adapter", [None, TRAINED, EMA])
+def test_a_view_does_not_touch_what_is_trained(adapter):
+    """peft's own switches set requires_grad on every weight, which took most of their time."""
+    unet, _ = student_unet(ema_decay=0.9)
+    before = [parameter.requires_grad for parameter in unet.parameters()]
+    with AdapterView(unet, adapter).active():
+        assert [parameter.requires_grad for parameter in unet.parameters()] == before
+
+
+def test_a_peft_that_switches_otherwise_is_noticed(monkeypatch):
+    unet, _ = student_unet()
+    monkeypatch.setattr(BaseTunerLayer, "disable_adapters", property(lambda layer: False))
+    with pytest.raises(RuntimeError, match="peft"), AdapterView(unet, None).active():
+        pass
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

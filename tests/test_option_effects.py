@@ -564,6 +564,29 @@ def test_going_on_is_exact(run, tmp_path):
     assert resumed.steps == straight.steps[1:] and same(straight, resumed)
 
 
+@covers("resume_with_changed_options", by=ALL)
+@pytest.mark.parametrize("course", ["constant", "polynomial"])
+def test_given_options_of_the_optimizer_hold_after_a_resume(run, tmp_path, course):
+    """Though the checkpoint has the optimizer's groups and the schedule's rates."""
+    straight = run(*WATCHED)
+    given = {"lr": 1e-3, "betas": (0.5, 0.75), "weight_decay": 0.25, "eps": 1e-4}
+    resumed = run(
+        *WATCHED,
+        "--learning_rate=1e-3", "--adam_beta1=0.5", "--adam_beta2=0.75", "--adam_weight_decay=0.25",
+        "--adam_epsilon=1e-4", f"--lr_scheduler={course}", "--lr_warmup_steps=0", "--max_train_steps=3",
+        "--resume_with_changed_options", f"--resume_from_checkpoint={straight.folder / 'checkpoint-1'}",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert resumed.status == 0, resumed.log
+    assert resumed.log.count("the checkpoint was trained with") == 6 + (course == "polynomial")
+    factors = [1, 1] if course == "constant" else [2 / 3 + 1e-4 / 3, 1 / 3 + 2e-4 / 3]
+    assert resumed.rates == pytest.approx([factor * 1e-3 for factor in factors], rel=1e-6)
+    (group,) = torch.load(tmp_path / "checkpoint-3" / "optimizer.bin")["param_groups"]
+    last = 1e-3 if course == "constant" else 1e-7
+    assert {name: group[name] for name in given} == {**given, "lr": pytest.approx(last)}
+    assert resumed.batches[0]["captions"] == straight.batches[1]["captions"]  # the data goes on where it was
+
+
 @covers("seed", by=ALL)
 def test_another_seed_is_another_run(run):
     other = run("--seed=1")
@@ -1164,6 +1187,7 @@ def test_the_vae_sees_so_many_pictures(run):
     assert [size for size, _ in run(*more).encoded] == [5]
     split, whole = run(*more, "--vae_encode_batch_size=2").losses[0], run(*more).losses[0]
     assert split[0].shape == whole[0].shape == (5, 4, 8, 8)
+    torch.testing.assert_close(split[0], whole[0], rtol=1e-3, atol=1e-4)  # the same noise
 
 
 @covers("timestep_scaling_factor")

@@ -98,6 +98,7 @@ OWN_COMMON = {
     "shuffle_buffer_mb": 512.0,
     "shard_timeout": 300.0,
     "logging_steps": 10,
+    "resume_with_changed_options": False,
     "validation_negative_prompt": None,
     "num_validation_images": 1,
     "validation_resolution": None,
@@ -118,7 +119,9 @@ TYPES = {
     "proportion_empty_prompts": float,
 }  # fmt: skip
 CHOICES = {
-    "report_to": ["tensorboard", "wandb", "comet_ml", "all", "none"],
+    "report_to": [
+        "tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio", "all", "none",
+    ],
     "interpolation_type": ["bilinear", "bicubic", "box", "nearest", "nearest_exact", "hamming", "lanczos"],
     "lr_scheduler": [
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",

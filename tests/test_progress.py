@@ -9,9 +9,11 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, SCRIPTS, Script
 
+import lcm_checkpoint
 import lcm_common
 import lcm_data
 import lcm_progress
+import lcm_validation
 
 
 @pytest.fixture
@@ -102,6 +104,56 @@ def test_a_new_run_in_an_old_folder_starts_a_new_file(sd, tmp_path):
     sd.main(tmp_path, "--max_train_steps=4")
     sd.main(tmp_path, "--max_train_steps=2")
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
+
+
+def test_a_foreign_file_of_metrics_is_set_aside(sd, tmp_path, capfd):
+    """Its rows have no `step`, or other columns, or are no objects: one line in the log, and nothing of it is lost."""
+    sd.main(tmp_path, "--max_train_steps=2", "--checkpointing_steps=2")
+    own = (tmp_path / "metrics.jsonl").read_text()
+    foreign = '{"epoch": 1, "loss": 2.0}\n{"step": 1, "acc": 0.5}\n[1, 2]\n"step"\nnot json\n{"step": "1"}\n'
+    for content, others in ((own + foreign, 6), (own + "{}", 1)):
+        (tmp_path / "metrics.jsonl").write_text(content)
+        capfd.readouterr()
+        sd.main(tmp_path, "--max_train_steps=3", "--resume_from_checkpoint=latest")
+        assert f"{others} line(s) of {tmp_path}/metrics.jsonl are no metrics of a run" in capfd.readouterr().err
+        assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
+    assert (tmp_path / "metrics.jsonl.1").read_text() == own + foreign
+    assert (tmp_path / "metrics.jsonl.2").read_text() == own + "{}"
+
+
+def test_pictures_and_checkpoints_are_not_in_the_memory_of_steps(sd, tmp_path, monkeypatch):
+    """On an allocator whose peak is 10 bytes in a step, more in step 3, and 1000 in pictures and checkpoints."""
+    peak = [0]
+    monkeypatch.setattr(lcm_progress, "peak_memory", lambda device: peak[0])
+    monkeypatch.setattr(lcm_progress, "reset_peak_memory", lambda device: peak.__setitem__(0, 0))
+
+    def raising(original, amount):
+        def call(self, *args):
+            peak[0] = max(peak[0], amount())
+            return original(self, *args)
+
+        return call
+
+    steps = []
+    for owner, name, amount in (
+        (lcm_validation.Validation, "draw_teacher", lambda: 1000),
+        (lcm_validation.Validation, "run", lambda: 1000),
+        (lcm_checkpoint.Checkpoints, "save", lambda: 1000),
+        (lcm_progress.Progress, "add_losses", lambda: 20 if steps.append(1) or len(steps) == 3 else 10),
+    ):
+        monkeypatch.setattr(owner, name, raising(getattr(owner, name), amount))
+    more = ["--max_train_steps=6", "--logging_steps=2", "--validation_steps=1", "--checkpointing_steps=3"]
+    sd.main(tmp_path, *more)
+    assert [row["peak_memory_gb"] for row in rows_of(tmp_path)] == [10e-9, 20e-9, 10e-9]
+
+
+@pytest.mark.cuda
+def test_the_peak_of_a_gpu_can_be_measured_again():
+    device = torch.device("cuda")
+    torch.zeros(2**24, device=device)
+    lcm_progress.reset_peak_memory(device)
+    assert lcm_progress.peak_memory(device) < 2**26 <= torch.zeros(2**24, device=device).nbytes
+    assert lcm_progress.peak_memory(device) >= 2**26
 
 
 def test_waiting_for_data_is_measured(sd, tmp_path, monkeypatch):

@@ -1,14 +1,19 @@
 """The report that a run leaves: a card whose pictures exist, and curves of the whole run."""
 
 import re
+from types import SimpleNamespace
 
 import matplotlib.figure
 import numpy as np
-from conftest import SCRIPTS, Script
+import pytest
+import torch
+from conftest import SCRIPTS, Script, hub
 from matplotlib.figure import Figure
 from PIL import Image
 
+import evaluate_lcm
 import lcm_export
+import lcm_lora
 import lcm_report
 
 
@@ -84,3 +89,99 @@ def test_a_running_mean_keeps_length_and_level():
     noise = rng.normal(size=1000)
     assert lcm_report.smooth(noise).std() < 0.3 * noise.std()
     assert np.allclose(lcm_report.smooth(np.arange(100.0))[10:-10], np.arange(100.0)[10:-10], atol=0.6)
+
+
+def test_a_readme_that_is_not_ours_stays(teacher, shards, tmp_path, monkeypatch, capfd):
+    """As in a folder of sources; our own reports are replaced, under whatever name they are."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("# A project\n")
+    script = Script("lora_sd", teacher, shards, SCRIPTS["lora_sd"])
+    for steps in (1, 2):
+        script.main(".", f"--max_train_steps={steps}")
+        printed = capfd.readouterr()
+        assert "./README.md is not a run's report and stays; the report is model_card.md" in printed.err
+        assert "./model_card.md: the report" in printed.out
+        assert (tmp_path / "README.md").read_text() == "# A project\n"
+        assert f"| optimizer steps | {steps} |" in (tmp_path / "model_card.md").read_text()
+    assert sorted(path.name for path in tmp_path.glob("*.md")) == ["README.md", "model_card.md"]
+    (tmp_path / "README.md").unlink()
+    for steps in (1, 2):
+        script.main(".", f"--max_train_steps={steps}")
+        assert f"| optimizer steps | {steps} |" in (tmp_path / "README.md").read_text()
+
+
+def test_names_of_reports(tmp_path):
+    """The first that is free or holds a report of the same kind: an evaluation does not replace a model card."""
+    names = []
+    for kind in ("model_card", "evaluation", "model_card", "evaluation"):
+        names.append(lcm_report.report_name(tmp_path, kind))
+        (tmp_path / names[-1]).write_text(f"a report\n\n{lcm_report.mark(kind)}\n")
+    assert names == ["README.md", "evaluation.md"] * 2
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe")
+    (tmp_path / "model_card.md").mkdir()
+    assert lcm_report.report_name(tmp_path, "model_card") == "model_card-2.md"
+
+
+def test_an_evaluation_leaves_a_readme_that_is_not_its_own(tmp_path, capfd):
+    (tmp_path / "README.md").write_text("# A project\n")
+    row = {"network": "teacher", "steps": 1, "sampler": "ddim", "guidance_scale": 1.0}
+    results = {"command": "evaluate", "measured": [], "reference": "nothing", "rows": [row]}
+    for _ in range(2):
+        evaluate_lcm.write(tmp_path, results, [torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], ["a prompt"])
+        assert f"{tmp_path}: evaluation.md with this table" in capfd.readouterr().out
+    assert (tmp_path / "README.md").read_text() == "# A project\n"
+    assert sorted(path.name for path in tmp_path.glob("*.md")) == ["README.md", "evaluation.md"]
+    assert (tmp_path / "evaluation.md").read_text().startswith("# Evaluation\n")
+
+
+def test_all_pages_of_pictures_are_pushed(teacher, shards, tmp_path):
+    script = Script("lora_sd", teacher, shards, SCRIPTS["lora_sd"])
+    prompts = [f"number {i}" for i in range(13)]
+    with hub() as server:
+        push = ("--push_to_hub", "--hub_model_id=mine", f"--hub_token={server.token}", "--max_train_steps=1")
+        script.main(tmp_path, *push, "--validation_prompts", *prompts)
+        files = server.files("tester/mine")
+    for number in (1, 2):
+        local = tmp_path / "validation" / f"step-000001-{number}.png"
+        assert files[f"validation-{number}.png"] == local.read_bytes()
+    card = files["README.md"].decode()
+    assert "![Validation pictures](validation-1.png)" in card and "[2](validation-2.png)" in card
+    assert "![Curves of the training](training.png)" in card and "training.png" in files
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+@pytest.mark.parametrize("on_hub", [False, True])
+def test_code_for_a_machine(device, on_hub):
+    """Half precision and its files where there is a GPU, and a word about the other kind; each is Python."""
+    args = SimpleNamespace(
+        w_min=2, w_max=5, ema_decay=None, num_ddim_timesteps=50, validation_prompts=['a "quoted" one']
+    )
+    full = lcm_export.FullModel(args, {}, "unet_target", None)
+    lora = lcm_lora.LoraModel(args, None, None)
+    for trained in (full, lora):
+        code = trained.usage_code("some/teacher", "some/where", on_hub, lcm_report.Machine(device))
+        compile(code, "printed", "exec")
+        lines = "".join(line for line in code.splitlines() if not line.startswith("#"))
+        assert (f'.to("{device}")' in lines and "float16" in lines) == (device != "cpu")
+        assert "float32" in code and "float16" in code  # one of them in the word about the other kind
+        assert ('variant="fp16"' in lines) == (trained is full and device != "cpu")
+        assert ('subfolder="unet_target"' in code) == (trained is full and not on_hub)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("somewhere/my-finetune", "my-finetune"),
+        ("demo/teacher", "demo/teacher"),
+        ("demo/teacher/", "demo/teacher"),
+        ("runs/dreamy/checkpoint-500", "dreamy/checkpoint-500"),
+        ("cats/Model", "cats/Model"),
+        ("hub/models--some--thing/snapshots/0123abcd", "some/thing"),
+    ],
+)
+def test_the_name_of_a_local_teacher(tmp_path, monkeypatch, folder, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).mkdir(parents=True)
+    for given in (folder, f"./{folder}", str(tmp_path / folder)):
+        assert lcm_report.teacher_name(SimpleNamespace(pretrained_teacher_model=given)) == name
+    assert lcm_report.teacher_name(SimpleNamespace(pretrained_teacher_model="user/teacher")) == "user/teacher"

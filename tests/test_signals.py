@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, Script
 
+import lcm_progress
+
 # Raises a signal inside step 3, to this process or to its whole group, as a terminal and SLURM do.
 SIGNALLED = """
 import importlib, os, signal, sys
@@ -59,11 +61,71 @@ def test_stopped_and_resumed_equals_unbroken(teacher, sdxl_teacher, shards, tmp_
     assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
 
 
+def test_a_signal_is_taken_where_nothing_can_be_printed(monkeypatch):
+    """As when the terminal is gone."""
+
+    def gone(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(lcm_progress.os, "write", gone)
+    signals = lcm_progress.StopSignals(speaks=True)
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == "SIGTERM"
+    finally:
+        signals.restore()
+
+
 def test_a_second_signal_ends_at_once(teacher, shards, tmp_path):
     script = Script("sd", teacher, shards, SCRIPTS["sd"])
     stopped = run(script, tmp_path, "SIGTERM", "twice")
     assert stopped.returncode == -signal.SIGTERM
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+# The same in what a run does after its last step.
+SIGNALLED_AT_THE_END = """
+import importlib, os, signal, sys
+
+script, name, module, method, *options = sys.argv[1:]
+owner = importlib.import_module(module)
+*classes, method = method.split(".")
+for part in classes:
+    owner = getattr(owner, part)
+original = getattr(owner, method)
+
+def signal_first(*args, **kwargs):
+    os.kill(os.getpid(), getattr(signal, name))
+    return original(*args, **kwargs)
+
+setattr(owner, method, signal_first)
+importlib.import_module(script).main(options)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "module", "method"),
+    [
+        ("sd", "SIGTERM", "lcm_validation", "Validation.show"),
+        ("lora_sd", "SIGINT", "lcm_lora", "LoraModel.export"),
+        ("sd", "SIGINT", "lcm_trackers", "Trackers.finish"),
+    ],
+)
+def test_a_signal_after_the_last_step_lets_the_results_be_written(
+    teacher, shards, tmp_path, name, number, module, method
+):
+    """And says so: no checkpoint is promised, none is saved."""
+    script = Script(name, teacher, shards, SCRIPTS[name])
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED_AT_THE_END, script.path.stem, number, module, method,
+         *script.options(tmp_path, "--max_train_steps=1")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"{number}: all steps are done; finishing pictures, results and uploads; once more ends" in done.stderr
+    assert "checkpoint" not in done.stderr and "Stopped" not in done.stderr and "Trained to step 1" in done.stdout
+    assert not list(tmp_path.glob("checkpoint-*")) and script.weights(tmp_path)
+    assert (tmp_path / "README.md").is_file() and (tmp_path / "validation" / "step-000001.png").is_file()
 
 
 def test_signals_are_as_before_when_a_run_is_over(teacher, shards, tmp_path):
@@ -80,3 +142,16 @@ def test_ctrl_c_before_the_first_step_is_one_line(teacher, shards, tmp_path, mon
     with pytest.raises(SystemExit) as stop:
         Script("sd", teacher, shards, SCRIPTS["sd"]).main(tmp_path)
     assert stop.value.code == 130 and capsys.readouterr().err.endswith("\nStopped before the first step.\n")
+
+
+def test_ctrl_c_in_an_evaluation_is_one_line(teacher, tmp_path, monkeypatch, capsys):
+    import evaluate_lcm
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lcm_sampling.load_teacher", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        evaluate_lcm.main([f"--pretrained_teacher_model={teacher}", f"--trained={tmp_path}", "--clip_model=none",
+                           "--feature_network=none", f"--output_dir={tmp_path / 'out'}"])  # fmt: skip
+    assert stop.value.code == 130 and capsys.readouterr().err.endswith("\nStopped before the table was written.\n")

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import common_options, make_sdxl_teacher
+from diffusers import AutoencoderKL
 
 import lcm_teacher
 import lcm_training
@@ -78,6 +79,24 @@ def test_joined_conditioning_is_two_batches_in_one(sdxl_teacher, pipeline):
         apart = [pipeline.unet(z, t, **conditioning).sample for conditioning in (cond, uncond)]
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(*apart)
+
+
+def test_how_many_pictures_are_encoded_at_once_does_not_change_the_noise(teacher):
+    """Bit for bit the VAE's own sample where all are encoded at once; in parts it differs by rounding."""
+    vae = AutoencoderKL.from_pretrained(teacher, subfolder="vae")
+    # Latents of 5 x 5: torch draws blocks of 16 numbers, in which whole ones hide where a draw was split.
+    pixels = torch.rand(5, 3, 10, 10) * 2 - 1
+
+    def seeded():
+        return torch.Generator().manual_seed(3)
+
+    with torch.no_grad():
+        expected = vae.encode(pixels).latent_dist.sample(seeded()) * vae.config.scaling_factor
+        for size in (5, 8):
+            assert torch.equal(lcm_teacher.encode_pixels(vae, pixels, size, seeded()), expected)
+        for size in (1, 2, 3):
+            found = lcm_teacher.encode_pixels(vae, pixels, size, seeded())
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_sd_embeddings_are_the_pipelines(teacher, tmp_path):

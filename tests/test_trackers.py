@@ -7,8 +7,13 @@ import zipfile
 
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.utils import LoggerType
 from conftest import SCRIPTS, Script
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lcm_options import TRACKERS
 
 RUN = [
     "--max_train_steps=4",
@@ -164,6 +169,110 @@ def test_comet(script, tmp_path, monkeypatch):
     for row in rows_of(tmp_path / "out"):
         for name in row.keys() - {"step"}:
             assert metrics[row["step"], name] == pytest.approx(row[name])
+
+
+def stored_runs(folder):
+    """What the newest checkpoint says the trackers call the run."""
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return json.loads((newest / "training_state.json").read_text())["trackers"]
+
+
+def test_a_resume_goes_on_in_its_own_wandb_run(script, tmp_path, monkeypatch):
+    """A new run, and a branch that another folder takes from this one's checkpoint, have runs of their own."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+    def run(folder, *more):
+        before = set((folder / "logs").rglob("*.wandb"))
+        script.main(folder, *RUN, "--checkpointing_steps=2", "--report_to=wandb", *more)
+        (path,) = set((folder / "logs").rglob("*.wandb")) - before
+        return path.stem.removeprefix("run-")
+
+    first = run(tmp_path / "a")
+    assert stored_runs(tmp_path / "a") == {"wandb": first}
+    assert run(tmp_path / "a", "--resume_from_checkpoint=latest", "--max_train_steps=6") == first
+    branch = run(tmp_path / "b", f"--resume_from_checkpoint={tmp_path}/a/checkpoint-2")
+    anew = run(tmp_path / "a")
+    assert len({first, branch, anew}) == 3
+    assert run(tmp_path / "b", "--resume_from_checkpoint=checkpoint-4", "--max_train_steps=5") == branch
+
+
+def test_a_resume_goes_on_in_its_own_comet_experiment(script, tmp_path, monkeypatch):
+    comet_ml = pytest.importorskip("comet_ml")
+    start, keys = comet_ml.start, []
+
+    def offline(**more):
+        experiment = start(online=False, **more)
+        keys.append(experiment.get_key())
+        return experiment
+
+    monkeypatch.setenv("COMET_OFFLINE_DIRECTORY", str(tmp_path / "comet"))
+    monkeypatch.setattr(comet_ml, "start", offline)
+    script.main(tmp_path / "out", *RUN, "--report_to=comet_ml")
+    script.main(tmp_path / "out", *RUN, "--report_to=comet_ml", "--resume_from_checkpoint=latest")
+    assert keys == [keys[0]] * 2 and stored_runs(tmp_path / "out") == {"comet_ml": keys[0]}
+
+
+def test_the_option_knows_every_tracker_of_accelerate():
+    assert set(TRACKERS) == {kind.value for kind in LoggerType} - {"all"} == set(LOGGER_TYPE_TO_CLASS)
+
+
+class Scalars(GeneralTracker):
+    """A tracker in the way of accelerate's for mlflow, dvclive and trackio: it takes no pictures."""
+
+    name = "scalars"
+    requires_logging_directory = False
+    main_process_only = True
+
+    def __init__(self, run_name, **more):
+        super().__init__()
+        self.run_name, self.rows, self.pictures, self.options = run_name, {}, {}, None
+        type(self).last = self
+
+    tracker = None
+
+    def start(self):
+        pass
+
+    def store_init_configuration(self, values):
+        self.options = values
+
+    def log(self, values, step=None, **more):
+        self.rows.setdefault(step, {}).update(values)
+
+    def finish(self):
+        pass
+
+
+class Pictures(Scalars):
+    """One whose `log_images` is as accelerate describes it."""
+
+    name = "pictures"
+
+    def log_images(self, values, step=None, **more):
+        for tag, images in values.items():
+            assert all(isinstance(image, Image.Image) for image in images)
+            self.pictures.setdefault(step, set()).add(tag)
+
+
+@pytest.mark.parametrize("kind", [Scalars, Pictures])
+def test_any_other_tracker(script, tmp_path, monkeypatch, capfd, kind):
+    """In the place of one that is installed: metrics and options; pictures if it takes them, else one line."""
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", kind)
+    script.main(tmp_path, *RUN, "--report_to=tensorboard")
+    tracker = kind.last
+    assert tracker.run_name == "mine" and tracker.options["lora_rank"] == 4
+    for row in rows_of(tmp_path):
+        assert {name: tracker.rows[row["step"]][name] for name in row if name != "step"} == {
+            name: value for name, value in row.items() if name != "step"
+        }
+    expected = {
+        step: {f"{name}/{prompt}" for name in names - {"validation"} for prompt in ("a red three", "two/blue")}
+        | names & {"validation"}
+        for step, names in PICTURES.items()
+    }
+    assert tracker.pictures == (expected if kind is Pictures else {})
+    assert capfd.readouterr().err.count("pictures do not go to scalars") == (kind is Scalars)
 
 
 def test_all_takes_every_tracker(script, tmp_path, monkeypatch):

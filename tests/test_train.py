@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import EVERYTHING_AT_RANDOM, ROOT, make_sdxl_teacher, sd_options, write_shards, write_tar
 from hub_server import HubServer, client_env
+from PIL import Image
 from safetensors.torch import load_file
 
 import lcm_checkpoint
@@ -40,9 +41,9 @@ def assert_same_outputs(script, a, b):
     assert [key for key in left if not torch.equal(left[key], right[key])] == []
 
 
-def run_python(*arguments, env=None, check=True):
+def run_python(*arguments, env=None, check=True, cwd=ROOT):
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, check=False
     )
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -166,11 +167,11 @@ def test_closing_lines_can_be_run(script, tmp_path, capsys):
     assert "Trained to step 4" in printed and "skipped: none" in printed
     assert all(str(tmp_path / name) in printed for name in OUTPUTS[script.name])
     code = printed[printed.index("import torch") :]
-    code = code.replace('.to("cuda")', "").replace("float16", "float32")
-    code = code.replace("num_inference_steps=4", "num_inference_steps=1, height=16, width=16")
-    scope = {}
-    exec(code, scope)
-    assert scope["image"].size == (16, 16)
+    assert code.strip() in (tmp_path / "README.md").read_text()
+    picture = tmp_path / "elsewhere" / "lcm.png"
+    picture.parent.mkdir()
+    run_python("-c", code, cwd=picture.parent)  # as it stands
+    assert Image.open(picture).size == (16, 16)
 
 
 # The networks.
@@ -471,6 +472,18 @@ def test_a_step_that_the_scaler_skips_changes_nothing(teacher, shards, tmp_path,
     assert any(not torch.equal(a, b) for a, b in zip(weights(two).values(), weights(three).values(), strict=True))
     schedules = [json.loads((folder / "training_state.json").read_text())["lr_scheduler"] for folder in (one, two)]
     assert schedules[0] == schedules[1]
+
+
+def test_a_checkpoint_without_a_scaler_is_gone_on_from_with_one(teacher, shards, tmp_path, monkeypatch, capsys):
+    """With the override, for a run that changes to fp16."""
+    more = ["--checkpointing_steps=2", "--resume_from_checkpoint=latest"]
+    main(sd_options(teacher, shards, tmp_path, *more, "--max_train_steps=2"))
+    with pytest.raises(SystemExit):
+        run_with_scaler(monkeypatch, sd_options(teacher, shards, tmp_path, *more), overflows=())
+    assert "scaler.pt" in capsys.readouterr().err
+    more += ["--resume_with_changed_options", "--w_max=9"]
+    run_with_scaler(monkeypatch, sd_options(teacher, shards, tmp_path, *more), overflows=())
+    assert (tmp_path / "checkpoint-4" / "scaler.pt").exists()
 
 
 def test_many_skipped_steps_in_a_row_are_an_error(teacher, shards, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import SCRIPTS, Script
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
 import lcm_trackers
@@ -91,7 +93,7 @@ def test_pictures_are_those_of_the_stock_pipelines(script, logged, tmp_path):
                 for size in ((16, 24), (32, 32)):
                     for i in range(2):
                         picture, caption = next(cells)
-                        assert caption == f"{prompt}, {size[0]} x {size[1]}, noise {i + 1}"
+                        assert caption == f"{prompt}, {size[0]} x {size[1]}, noise {i + 1}, negative prompt: blue"
                         more = {"negative_prompt": "blue", "seed": 7 + i}
                         assert_close(picture, stock_picture(pipeline, prompt, steps, guidance, *size, **more))
     assert logged[2].keys() == logged[4].keys()
@@ -143,16 +145,90 @@ def test_a_grid_of_pictures_of_two_shapes():
     assert gaps == [5, 20]
 
 
-def test_labels_fit_into_the_grid():
+LONG = "a very long prompt, " * 12
+
+
+@pytest.mark.parametrize("label", [LONG, "https://" + "a/long/address" * 20, "長い文章の例です。" * 30])
+def test_labels_fit_into_the_grid(label):
     """Nothing is written outside, over a picture, or cut off: the margins stay white, and long labels make room."""
-    black = Image.new("RGB", (40, 30), "black")
-    long = "a very long prompt, " * 12
-    grid = picture_grid([[black, black], [black, black]], [long, "short"], ["one\ntwo", "three"], 96, corner="step 1")
+    red = Image.new("RGB", (40, 30), "red")
+    labels = ([[red, red], [red, red]], [label, "short"], ["one\ntwo", "three"], 96)
+    grid = picture_grid(*labels, corner="step 1\nguidance 7.5\npage 1 of 12\nand more", footer=label)
     pixels = np.asarray(grid)
     for edge in (pixels[:4], pixels[-4:], pixels[:, :8], pixels[:, -4:]):
         assert (edge == 255).all()
-    assert grid.height > picture_grid([[black, black]] * 2, ["a", "b"], ["one\ntwo", "three"], 96).height
-    assert (pixels == 0).all(axis=2).sum() >= 4 * 96 * 72
+    assert grid.height > picture_grid(*labels).height
+    assert picture_grid(*labels).height > picture_grid(labels[0], ["a", "b"], *labels[2:]).height
+    assert (pixels == (255, 0, 0)).all(axis=2).sum() == 4 * 96 * 72
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("", [""]),
+        ("one two  three\n\nfour", ["one two", "three", "", "four"]),
+        ("a_word_too_long for it", ["a_word_", "too_lon", "g for", "it"]),
+        ("猫は白。犬 dog", ["猫は", "白。犬", "dog"]),
+    ],
+)
+def test_lines_are_cut_by_their_width(text, lines):
+    """By a font whose wide letters are twice as wide as others, which are 1 pixel, in 7 pixels."""
+
+    class Font:
+        def getlength(self, text):
+            return sum(1 + (ord(letter) > 0x2000) for letter in text)
+
+    assert lcm_validation.wrap(text, 7 if text.isascii() else 6, Font()) == lines
+
+
+def test_a_hairline_shows_where_a_white_picture_ends():
+    """It is next to the picture, and not on it."""
+    white = Image.new("RGB", (100, 80), "white")
+    pixels = np.asarray(picture_grid([[white, white]], ["a"], ["x", "y"]))
+    ys, xs = np.where((pixels == 0xD0).all(axis=2))
+    left, top = xs.min(), ys.min()
+    assert (pixels[top + 1 : top + 81, left + 1 : left + 101] == 255).all()
+    assert len(ys) == 2 * (2 * 102 + 2 * 80) and ys.max() - top == 81
+
+
+def test_a_long_list_of_prompts_is_split_into_pages(teacher, shards, logged, tmp_path, monkeypatch, capfd):
+    """As few as can be, and equal; the trackers and the report get all of them; those of an earlier run go."""
+    grids = []
+
+    def recording(*args, **more):
+        grids.append((args, more))
+        return picture_grid(*args, **more)
+
+    monkeypatch.setattr(lcm_validation, "picture_grid", recording)
+    script, prompts = Script("lora_sd", teacher, shards, SCRIPTS["lora_sd"]), [f"number {i}" for i in range(30)]
+    more = ["--max_train_steps=1", "--validation_negative_prompt=ugly", "--validation_prompts"]
+    script.main(tmp_path, *more, *prompts)
+    files = [tmp_path / "validation" / f"step-000001-{number}.png" for number in (1, 2, 3)]
+    assert sorted((tmp_path / "validation").iterdir()) == files
+    assert [args[1] for args, _ in grids] == [prompts[:10], prompts[10:20], prompts[20:]]
+    assert [row for args, _ in grids for row in args[0]] == [
+        [picture] for picture, _ in logged[1]["validation/LoRA, 1 step, guidance 1"]
+    ]
+    assert [args["corner"] for _, args in grids] == [f"step 1\nguidance 1\npage {i} of 3" for i in (1, 2, 3)]
+    assert {args["footer"] for _, args in grids} == {"negative prompt: ugly"}
+    assert [caption for _, caption in logged[1]["validation"]] == [f"page {i} of 3" for i in (1, 2, 3)]
+    for (picture, _), path in zip(logged[1]["validation"], files, strict=True):
+        assert np.array_equal(picture, Image.open(path))
+    assert f"Drew {files[0]} to step-000001-3.png" in capfd.readouterr().err
+    card = (tmp_path / "README.md").read_text()
+    assert "![Validation pictures](validation/step-000001-1.png)" in card
+    assert "[2](validation/step-000001-2.png), [3](validation/step-000001-3.png)" in card
+    script.main(tmp_path, *more, "one")
+    assert [path.name for path in (tmp_path / "validation").iterdir()] == ["step-000001.png"]
+
+
+def test_pages_of_high_pictures_have_fewer_rows(teacher, shards, logged, tmp_path, monkeypatch):
+    monkeypatch.setattr(lcm_validation, "MAX_PAGE_HEIGHT", 1000)
+    script = Script("lora_sd", teacher, shards, SCRIPTS["lora_sd"])
+    more = ["--max_train_steps=1", "--validation_resolution=16x48", "--validation_prompts", *map(str, range(7))]
+    script.main(tmp_path, *more)
+    first, second, last = [picture.height for picture, _ in logged[1]["validation"]]
+    assert first == second == last + 2 * (288 + 4)
 
 
 def test_several_guidance_scales(teacher, shards, logged, tmp_path):
@@ -165,6 +241,19 @@ def test_several_guidance_scales(teacher, shards, logged, tmp_path):
         assert set(logged[0]) == {f"validation/teacher, 1 step, guidance {scale:g}" for scale in scales}
         drawn = {key.rpartition("guidance ")[2] for key in logged[1] if "guidance" in key}
         assert drawn == {"6", "9"}
+
+
+def test_guidance_outside_of_the_trained_range_is_warned_about(teacher, shards, tmp_path, capfd):
+    """Where it is an input of the network; a LoRA's is another matter."""
+    more = ["--max_train_steps=1", "--w_min=2", "--w_max=4", "--validation_guidance_scale"]
+    for name, scales, warning in (
+        ("sd", ["2.9", "3", "5", "5.5"], "--validation_guidance_scale: 2.9, 5.5 lies outside of [3, 5]"),
+        ("sd", ["3", "5"], None),
+        ("lora_sd", ["1", "7"], None),
+    ):
+        Script(name, teacher, shards, SCRIPTS[name]).main(tmp_path / name, *more, *scales)
+        log = capfd.readouterr().err
+        assert warning in log if warning else "--validation_guidance_scale" not in log
 
 
 def test_prompts_from_a_file(teacher, shards, logged, tmp_path):
@@ -207,3 +296,69 @@ def test_letters_that_pillows_own_font_lacks():
     picture = Image.new("RGB", (96, 96))
     accents, others = (np.asarray(picture_grid([[picture]], [label], ["x"])) for label in ("é", "ü"))
     assert not np.array_equal(accents, others)
+
+
+def make_font(path, letters):
+    """Write a font file with a bar for each of `letters`, as high as its place among them, and a box for others."""
+
+    def shape(height, width=600):
+        pen = TTGlyphPen(None)
+        pen.moveTo((100, 0))
+        for point in ((100, height), (width - 100, height), (width - 100, 0)):
+            pen.lineTo(point)
+        pen.closePath()
+        return pen.glyph()
+
+    names = [f"letter{ord(letter):x}" for letter in letters]
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", *names])
+    font.setupCharacterMap({ord(letter): name for letter, name in zip(letters, names, strict=True)})
+    heights = {".notdef": 900} | {name: 50 + 20 * i for i, name in enumerate(names)}
+    font.setupGlyf({name: shape(height) for name, height in heights.items()})
+    font.setupHorizontalMetrics(dict.fromkeys(heights, (600, 100)))
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": path.stem, "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+    return str(path)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """installed(files): what fonts there are besides matplotlib's own, and nothing is known of them yet."""
+
+    def install(*files):
+        monkeypatch.setattr(lcm_validation.font_manager, "findSystemFonts", lambda: list(files))
+        monkeypatch.setattr(lcm_validation, "NAMED_LETTERS", set())
+        lcm_validation.fonts_for.cache_clear()
+
+    yield install
+    lcm_validation.fonts_for.cache_clear()
+
+
+def test_an_installed_font_that_has_the_letters_is_taken(installed, tmp_path, caplog):
+    """Of those that have most of them the plain one; a file that is no font, or one that draws boxes, is none."""
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    some, bold, plain, blank = (
+        make_font(tmp_path / f"{name}.ttf", letters)
+        for name, letters in {"A-Some": "猫", "A-Bold": "abx猫犬", "B": "abx猫犬", "LastResort": "abx猫犬한"}.items()
+    )
+    installed(str(tmp_path / "broken.ttf"), some, bold, blank, plain, str(tmp_path / "absent.ttf"))
+    assert lcm_validation.label_font(16, ["a猫", "b 犬"]).path == plain
+    assert lcm_validation.label_font(16, ["é"]).path.endswith("DejaVuSans.ttf")
+    assert not isinstance(getattr(lcm_validation.label_font(16, ["plain"]), "path", None), str)
+    assert not caplog.records
+    picture = Image.new("RGB", (96, 96))
+    cat, dog = (np.asarray(picture_grid([[picture]], [label], ["x"])) for label in "猫犬")
+    assert not np.array_equal(cat, dog)
+
+
+def test_letters_that_no_font_has_are_named_once(installed, tmp_path, caplog):
+    """And the rest is drawn; a variation selector or a line break is no letter."""
+    installed(make_font(tmp_path / "Some.ttf", "ab猫"))
+    picture = Image.new("RGB", (96, 96))
+    for label in ("a猫\n犬\ufe0f", "猫犬"):
+        picture_grid([[picture]], [label], ["b"], footer=label)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("No installed font has 犬: ") and "fonts-noto-cjk" in record.getMessage()

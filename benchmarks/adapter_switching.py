@@ -1,0 +1,84 @@
+"""Host time of the adapter switches of one training step of the LoRA scripts, on the U-Net of SDXL.
+
+    python benchmarks/adapter_switching.py
+
+In a step the U-Net is the teacher once and the target once, and each time the student again. Only the switches are
+timed, not the networks. The U-Net is on torch's meta device: all modules of SDXL, but no weights, so that it takes no
+memory. Prints the median over `--steps` steps, in ms, beside what diffusers' own methods take for the same switches.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.estimate import SDXL
+
+
+def median_ms(step, steps):
+    """The median time of `step()` in ms, after one call that is not counted."""
+    times = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        step()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def measure(ema_decay, dropout, steps):
+    """(layers with an adapter, ms a step, ms a step with diffusers' methods)."""
+    from diffusers import UNet2DConditionModel
+
+    import lcm_lora
+
+    args = SimpleNamespace(
+        lora_rank=1, lora_alpha=1, lora_dropout=dropout, lora_target_modules=None, ema_decay=ema_decay,
+        seed=0, w_min=0, w_max=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL).train()
+        lcm_lora.add_adapters(unet, args)
+    teacher = lcm_lora.AdapterView(unet, None)
+    target = lcm_lora.AdapterView(unet, lcm_lora.TRAINED if ema_decay is None else lcm_lora.EMA)
+
+    def with_views():
+        with teacher.active():
+            pass
+        with target.active():
+            pass
+
+    def with_diffusers():
+        unet.eval()
+        unet.disable_adapters()
+        unet.enable_adapters()
+        if ema_decay is not None:
+            unet.set_adapter(lcm_lora.EMA)
+            unet.set_adapter(lcm_lora.TRAINED)
+        unet.train()
+
+    return len(lcm_lora.adapter_layers(unet)), median_ms(with_views, steps), median_ms(with_diffusers, steps)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="Steps to take the median of.")
+    steps = parser.parse_args().steps
+    print("| LoRA of SDXL | layers | ms a step | with diffusers' methods |")
+    print("| --- | --- | --- | --- |")
+    for label, ema_decay, dropout in (
+        ("plain", None, 0.0),
+        ("--ema_decay", 0.95, 0.0),
+        ("--ema_decay, --lora_dropout", 0.95, 0.1),
+    ):
+        layers, ours, theirs = measure(ema_decay, dropout, steps)
+        print(f"| {label} | {layers} | {ours:.1f} | {theirs:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
