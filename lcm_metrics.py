@@ -102,13 +102,14 @@ class Clip:
     def image_features(self, images):
         """The embeddings (B, D) of pictures (B, 3, H, W) uint8, not normalised."""
         pixels = self.processor(list(images.numpy()), input_data_format="channels_first", return_tensors="pt")
-        return self.model.get_image_features(pixels["pixel_values"].to(self.model.device)).pooler_output
+        pooled = self.model.vision_model(pixels["pixel_values"].to(self.model.device)).pooler_output
+        return self.model.visual_projection(pooled)
 
     def text_features(self, prompts):
         """The embeddings (B, D) of B strings, which are cut to what the model takes; not normalised."""
         length = self.model.config.text_config.max_position_embeddings
         inputs = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        return self.model.get_text_features(**inputs.to(self.model.device)).pooler_output
+        return self.model.text_projection(self.model.text_model(**inputs.to(self.model.device)).pooler_output)
 
 
 def clip_score(image_features, text_features):

@@ -34,6 +34,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def local_folders_offline():
+    """diffusers before 0.40, where nothing may be downloaded, wants a LoRA's file named even in a folder."""
+    import diffusers.loaders.lora_base
+
+    diffusers.loaders.lora_base.HF_HUB_OFFLINE = False
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     """accelerate keeps device and precision for the life of a process, and `--local_rank` sets the environment."""
@@ -322,6 +330,7 @@ def hub():
         patch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # 0.x
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)

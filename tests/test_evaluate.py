@@ -541,7 +541,7 @@ def test_options_of_the_teacher(evaluate, error, home, tmp_path, monkeypatch):
     one = usual.drawn["teacher, 3 steps"]
     assert one.images.shape == (4, 3, 16, 16) and one.dtype == torch.float32
     assert type(one.scheduler) is DDIMScheduler and one.scheduler.config.timestep_spacing == "leading"
-    DiffusionPipeline.from_pretrained(home.teachers["sd"], dtype=torch.float16).save_pretrained(
+    DiffusionPipeline.from_pretrained(home.teachers["sd"]).to(torch.float16).save_pretrained(
         tmp_path / "half", variant="fp16"
     )
     half = evaluate(pretrained_teacher_model=tmp_path / "half", variant="fp16")
