@@ -33,9 +33,9 @@ test-oldest: .venv-oldest/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 
-.venv/installed: CONSTRAINTS := constraints.txt
-.venv-oldest/installed: CONSTRAINTS := constraints-oldest.txt
-.venv/installed .venv-oldest/installed: requirements.txt requirements-dev.txt constraints.txt constraints-oldest.txt
+.venv/installed: constraints.txt
+.venv-oldest/installed: constraints-oldest.txt
+.venv/installed .venv-oldest/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install -r requirements-dev.txt -c $(CONSTRAINTS)
+	$(@D)/bin/python -m pip install -r requirements-dev.txt -c $(filter constraints%,$^)
 	touch $@
