@@ -30,7 +30,7 @@ from lcm_options import (
 )
 from lcm_secrets import redact
 
-MANY, FEW = "ddim", "ddim-trailing"  # the teacher's samplers; with the usual spacing, "leading", one step says nothing
+MANY, FEW = "ddim", "ddim-trailing"  # on the teacher's own timesteps; one step on the usual, "leading", says nothing
 GRID_ROWS, LARGEST_CELL = 5, 256  # of grid.png: prompts, and pixels a side of a picture
 COLUMNS = {  # what a row may hold: the column's heading, and how its values are written
     "network": ("network", "{}"),
@@ -67,7 +67,8 @@ def parse_args(argv=None):
     add("--teacher_num_inference_steps", type=integer(1, 1000), default=50, metavar="STEPS",
         help="Many steps, for the teacher alone: what the others are to come near.")
     add("--teacher_scheduler", choices=[*(name for name in SCHEDULERS if name != "lcm"), "own"],
-        help=f"The teacher's sampler; `own` is the one it comes with. If unset: {MANY} for many steps, {FEW} for few.")
+        help="The teacher's sampler; `own` is the one it comes with, `ddim` spaces the timesteps as that does. If "
+             f"unset: {MANY} for many steps, {FEW} for few.")
     add("--guidance_scale", type=number(1), default=7.5, metavar="SCALE",
         help="Of the teacher and of whole U-Nets; keep it inside [w_min + 1, w_max + 1] of their training.")
     add("--lora_guidance_scale", type=number(1), default=1.0, metavar="SCALE",
@@ -149,6 +150,7 @@ def evaluate(args):
     from tqdm.auto import tqdm
 
     import lcm_sampling
+    import lcm_schedulers
     from lcm_metrics import Measures
 
     prompts = [args.prompts[i % len(args.prompts)] for i in range(args.num_images)]
@@ -182,13 +184,13 @@ def evaluate(args):
     own = pipeline.scheduler
     for steps, usual in [(args.teacher_num_inference_steps, MANY), *((steps, FEW) for steps in few)]:
         name = args.teacher_scheduler or usual
-        scheduler = own if name == "own" else lcm_sampling.make_scheduler(name, own.config)
-        add_row("teacher", steps, name, scheduler, args.guidance_scale)
+        add_row("teacher", steps, name, lcm_schedulers.make_scheduler(name, own), args.guidance_scale)
     for network in sorted(trained, key=lambda network: not network.is_lora):  # LoRAs need the teacher's own U-Net
         lcm_sampling.load_trained(pipeline, network, args)
         for steps in few:
             scale = args.lora_guidance_scale if network.is_lora else args.guidance_scale
-            add_row(network.label, steps, "lcm", network.scheduler, scale)
+            scheduler = lcm_schedulers.make_scheduler("own", network.scheduler)
+            add_row(network.label, steps, "lcm", scheduler, scale)
         if network.is_lora:
             pipeline.unload_lora_weights()
     progress.close()

@@ -8,7 +8,7 @@ import logging
 import os
 
 import torch
-from diffusers import LCMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from huggingface_hub import CommitOperationAdd, create_commit, create_repo
 
 import lcm_sharding
@@ -21,15 +21,6 @@ from lcm_validation import pages_of
 logger = logging.getLogger(__name__)
 
 CURVES_FILE = "training.png"
-
-
-def lcm_scheduler(noise_schedule, args):
-    """The LCMScheduler that samples on the grid, and with the boundary scalings, that were trained."""
-    return LCMScheduler.from_config(
-        noise_schedule.config,
-        original_inference_steps=args.num_ddim_timesteps,
-        timestep_scaling=args.timestep_scaling_factor,
-    )
 
 
 class FullModel:

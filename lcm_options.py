@@ -22,9 +22,9 @@ VALIDATION_PROMPTS = [
     "a small red fox asleep in fresh snow, soft light, detailed fur",
 ]
 
-# Samplers: the class in diffusers, and what it is given on top of the configuration of the teacher's own scheduler.
+# Samplers: the class in diffusers, and what it does not take over from the teacher's own scheduler.
 SCHEDULERS = {
-    "ddim": ("DDIMScheduler", {"timestep_spacing": "leading"}),
+    "ddim": ("DDIMScheduler", {}),
     "ddim-trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
     "dpm++": ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading"}),
     "dpm++-trailing": ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}),

@@ -18,7 +18,8 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from lcm_lora import DIFFUSERS_FILE, adapter_layers
-from lcm_options import SCHEDULERS, UserError, first_line
+from lcm_options import UserError, first_line
+from lcm_schedulers import make_scheduler
 from lcm_teacher import DTYPE, OPTION, load_config, load_part, load_pretrained
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,9 @@ def load_teacher(args):
         )
     except Exception as error:  # the libraries raise nearly anything for a broken folder
         raise UserError(f"{OPTION}: cannot load {source!r}: {first_line(error)}") from error
+    if not hasattr(pipeline.scheduler, "betas"):
+        kind = type(pipeline.scheduler).__name__
+        raise UserError(f"{OPTION}: its scheduler, {kind}, has no betas; allowed: the teacher of a training script")
     return pipeline.to(device)
 
 
@@ -103,8 +107,10 @@ def find_trained(pipeline, args, label, source):
     if has("scheduler/scheduler_config.json"):
         place = {"subfolder": "scheduler", "cache_dir": args.cache_dir}
         scheduler = load_pretrained(diffusers.LCMScheduler, "--trained", source, **place)
+        if scheduler.config.clip_sample or scheduler.config.thresholding:
+            logger.warning("--trained: the scheduler/ of %r clips latents, which training does not: not done", source)
     else:
-        scheduler = make_scheduler("lcm", pipeline.scheduler.config)
+        scheduler = make_scheduler("lcm", pipeline.scheduler)
         grid = scheduler.config.original_inference_steps
         logger.warning("--trained: %r has no scheduler/; a grid of %d points is assumed", source, grid)
     steps, most = max(args.num_inference_steps), scheduler.config.original_inference_steps
@@ -158,13 +164,6 @@ def load_trained(pipeline, trained, args):
 
 
 # Pictures.
-
-
-def make_scheduler(name, config):
-    """One of `SCHEDULERS`, for a model whose own scheduler has this `config`."""
-    kind, options = SCHEDULERS[name]
-    # Latents go beyond [-1, 1]; a configuration that says nothing of clipping would get DDIM's default, which clips.
-    return getattr(diffusers, kind).from_config({"clip_sample": False, **config}, **options)
 
 
 def starting_noise(pipeline, count, seed, resolution=None):

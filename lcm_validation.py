@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import matplotlib
 import torch
-from diffusers import DDIMScheduler
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
+import lcm_schedulers
 from lcm_options import default_guidance_scale, first_line
 
 logger = logging.getLogger(__name__)
@@ -196,8 +196,8 @@ class Column:
 class Validation:
     """Draws the validation prompts and gives the pictures to the trackers and to `output_dir/validation`.
 
-    `make_pipeline(unet=unet)` returns a pipeline around that network with everything else in place; the teacher's gets
-    a DDIM scheduler made from `noise_schedule`. `teacher`, and the values of `networks` with their labels as keys, are
+    `make_pipeline(unet=unet, scheduler=scheduler)` returns a pipeline around both with everything else in place; the
+    schedulers are made from `noise_schedule`. `teacher`, and the values of `networks` with their labels as keys, are
     callables that return a context manager, as `eval_mode` with a network filled in: it yields an unwrapped U-Net that
     is ready to sample, and puts everything back. `teacher_guidance_scales` are those of `networks` if unset.
     `together`: all processes have to call those of `networks`, since each holds a part of their weights.
@@ -247,10 +247,10 @@ class Validation:
         pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
         return pipeline.image_processor.postprocess(pixels.float())[0]
 
-    def draw(self, network, columns, **parts):
-        """{column: its pictures from top to bottom} of one network; `parts` replace those of the pipeline."""
+    def draw(self, network, columns, scheduler):
+        """{column: its pictures from top to bottom} of one network; the pipeline may change `scheduler`."""
         with network() as unet:
-            pipeline = self.make_pipeline(unet=unet, **parts)
+            pipeline = self.make_pipeline(unet=unet, scheduler=scheduler)
             pipeline.set_progress_bar_config(disable=True)
             return {column: [self.sample(pipeline, row, column) for row in self.rows] for column in columns}
 
@@ -263,9 +263,9 @@ class Validation:
                 for scale in self.teacher_guidance_scales
                 for steps in self.args.validation_teacher_steps
             ]
-            scheduler = DDIMScheduler.from_config(self.noise_schedule.config, timestep_spacing="trailing")
+            scheduler = lcm_schedulers.make_scheduler("ddim-trailing", self.noise_schedule)
             try:
-                self.teacher_columns = self.draw(self.teacher, columns, scheduler=scheduler)
+                self.teacher_columns = self.draw(self.teacher, columns, scheduler)
             except Exception as error:  # out of memory, more steps than the schedule has
                 logger.warning("No pictures of the teacher: %s", first_line(error))
             self.trackers.log_pictures(self.captioned(self.teacher_columns), step)
@@ -280,7 +280,8 @@ class Validation:
             counts, drawn = self.args.validation_num_inference_steps, {}
             try:
                 for name, network in self.networks.items():
-                    drawn |= self.draw(network, [Column(name, n, s) for s in self.guidance_scales for n in counts])
+                    columns = [Column(name, n, s) for s in self.guidance_scales for n in counts]
+                    drawn |= self.draw(network, columns, lcm_schedulers.lcm_scheduler(self.noise_schedule, self.args))
                 if self.accelerator.is_main_process:
                     self.show(step, drawn)
             except Exception as error:  # out of memory, a full disk

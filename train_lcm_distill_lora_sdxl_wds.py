@@ -76,6 +76,7 @@ def train(args):
     import lcm_export
     import lcm_lora
     import lcm_progress
+    import lcm_schedulers
     import lcm_teacher
     import lcm_trackers
     import lcm_training
@@ -116,7 +117,7 @@ def train(args):
     student, optimizer = accelerator.prepare(student, optimizer)
     # Without the wrappers of DistributedDataParallel and torch.compile: the same weights under their plain names.
     unet = accelerator.unwrap_model(student, keep_torch_compile=False)
-    scheduler = lcm_export.lcm_scheduler(schedule, args)
+    scheduler = lcm_schedulers.lcm_scheduler(schedule, args)
     trained = lcm_lora.LoraModel(args, unet, scheduler)
     trackers = lcm_trackers.Trackers(accelerator, args)
     checkpoints = lcm_checkpoint.Checkpoints(
@@ -126,7 +127,7 @@ def train(args):
         accelerator,
         args,
         trackers,
-        make_pipeline=partial(StableDiffusionXLPipeline, vae=vae, scheduler=scheduler, **encode_prompts.components),
+        make_pipeline=partial(StableDiffusionXLPipeline, vae=vae, **encode_prompts.components),
         noise_schedule=schedule,
         teacher=teacher.active,
         networks={"LoRA": target.active},

@@ -78,6 +78,7 @@ def train(args):
     import lcm_data
     import lcm_export
     import lcm_progress
+    import lcm_schedulers
     import lcm_sharding
     import lcm_teacher
     import lcm_trackers
@@ -119,7 +120,7 @@ def train(args):
         target = lcm_sharding.shard_like_student(accelerator, target)
     # Without the wrappers of DistributedDataParallel and torch.compile: the same weights under their plain names.
     unet = accelerator.unwrap_model(student, keep_torch_compile=False)
-    scheduler = lcm_export.lcm_scheduler(schedule, args)
+    scheduler = lcm_schedulers.lcm_scheduler(schedule, args)
     trained = lcm_export.FullModel(args, {"unet": unet, "unet_target": target}, "unet_target", scheduler)
     trackers = lcm_trackers.Trackers(accelerator, args)
     checkpoints = lcm_checkpoint.Checkpoints(
@@ -129,7 +130,7 @@ def train(args):
         accelerator,
         args,
         trackers,
-        make_pipeline=partial(StableDiffusionPipeline, vae=vae, scheduler=scheduler, **encode_prompts.components),
+        make_pipeline=partial(StableDiffusionPipeline, vae=vae, **encode_prompts.components),
         noise_schedule=schedule,
         teacher=partial(eval_mode, teacher),
         networks={"student": partial(eval_mode, unet), "EMA": partial(eval_mode, target)},

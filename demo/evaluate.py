@@ -24,6 +24,7 @@ sys.path.append(str(HERE.parent))
 
 import lcm_metrics  # noqa: E402
 import lcm_sampling  # noqa: E402
+import lcm_schedulers  # noqa: E402
 from lcm_options import SCHEDULERS  # noqa: E402
 
 HELDOUT = HERE / "shards" / "heldout-00000.tar"
@@ -67,7 +68,7 @@ def load_pipeline(folder, unet=None, scheduler=None):
     parts = {"unet": diffusers.UNet2DConditionModel.from_pretrained(unet)} if unet else {}
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, **parts).to(torch.float32)
     if scheduler:
-        pipe.scheduler = lcm_sampling.make_scheduler(scheduler, pipe.scheduler.config)
+        pipe.scheduler = lcm_schedulers.make_scheduler(scheduler, pipe.scheduler)
     return pipe
 
 

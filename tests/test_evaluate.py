@@ -33,7 +33,6 @@ import evaluate_lcm
 import lcm_metrics
 import lcm_sampling
 from lcm_common import guidance_embedding
-from lcm_options import SCHEDULERS
 from lcm_validation import picture_grid
 
 PROMPTS = ["a red three", "a blue two on a white background", "a green seven"]
@@ -559,11 +558,61 @@ def test_options_of_the_teacher(evaluate, error, home, tmp_path, monkeypatch):
     assert asked == [("v2", str(tmp_path)), ("v1", None)]
 
 
-def test_schedulers_do_not_clip_latents():
-    for name in SCHEDULERS:
-        config = lcm_sampling.make_scheduler(name, {"num_train_timesteps": 1000}).config
-        assert not config.get("clip_sample"), name
-    assert lcm_sampling.make_scheduler("ddim", {"clip_sample": True}).config.clip_sample
+def edited(source, folder, **changes):
+    """A copy of a folder with a scheduler/, whose config says something else, and nothing where that is None."""
+    path = shutil.copytree(source, folder) / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    if "_class_name" in changes:  # what pipelines go by
+        path = folder / "model_index.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"scheduler": ["diffusers", config["_class_name"]]}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 999),
+        ({"timestep_spacing": "linspace", "clip_sample": None}, 999),
+        ({"timestep_spacing": None, "steps_offset": None, "clip_sample": True}, 981),  # as the pipeline corrects it
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": None, "thresholding": True}, 999),
+    ],
+)  # fmt: skip
+def test_the_reference_row_steps_as_the_teachers_own_scheduler(evaluate, home, tmp_path, changes, first):
+    """DDIM's spacing and offset are those that the teacher comes with; its clipping is not."""
+    teacher = edited(home.teachers["sd"], tmp_path / "teacher", **changes)
+    run = evaluate(pretrained_teacher_model=teacher, teacher_num_inference_steps=50, num_images=2)
+    one = run.drawn["teacher, 50 steps"]
+    assert type(one.scheduler) is DDIMScheduler and one.scheduler.timesteps[0] == first
+    pipeline = DiffusionPipeline.from_pretrained(teacher)
+    own = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+    pipeline.scheduler = DDIMScheduler.from_config(own, clip_sample=False, thresholding=False)
+    assert difference(one.images, draw(pipeline, one, 50, 7.5)) <= 1
+
+
+def test_nothing_that_is_sampled_clips_latents(evaluate, home, tmp_path):
+    """Neither with the teacher's own scheduler nor with one that was saved with what was trained; and nothing is
+    changed for the next row."""
+    clipping = {"thresholding": True, "clip_sample": True}
+    lora = edited(home / "lora_sdxl", tmp_path / "lora", **clipping)
+    teacher = edited(home.teachers["sdxl"], tmp_path / "teacher", **clipping)
+    usual = {"pretrained_teacher_model": home.teachers["sdxl"], "trained": f"LoRA={home / 'lora_sdxl'}"}
+    for sampler in ("own", "ddim"):
+        expected = evaluate(teacher_scheduler=sampler, **usual)
+        run = evaluate(pretrained_teacher_model=teacher, trained=f"LoRA={lora}", teacher_scheduler=sampler)
+        assert "clips latents" in run.log and "clips latents" not in expected.log
+        assert all(torch.equal(one.images, expected.drawn[name].images) for name, one in run.drawn.items())
+    pipeline = DiffusionPipeline.from_pretrained(teacher)
+    clipped = draw(pipeline, run.drawn["teacher, 3 steps"], 3, 7.5)
+    assert difference(clipped, run.drawn["teacher, 3 steps"].images) > 1  # so the test could fail
+    assert len({id(one.scheduler) for one in run.drawn.values()}) == len(run.drawn)
+
+
+def test_a_teacher_without_betas(error, home, tmp_path):
+    """Flow matching, which the training scripts refuse, too."""
+    teacher = edited(home.teachers["sd"], tmp_path / "teacher", _class_name="FlowMatchEulerDiscreteScheduler")
+    line, code = error(pretrained_teacher_model=teacher)
+    assert line.startswith("--pretrained_teacher_model: ") and "has no betas" in line and code == 1
 
 
 # Errors.

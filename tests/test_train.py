@@ -669,7 +669,9 @@ def test_public_command_and_what_it_pushes(script, tmp_path):
         for text in (str(tmp_path), str(script.teacher), server.token):
             assert not [name for name, data in pushed.items() if text.encode() in data]
         snippet = LORA_SNIPPET if script.is_lora else GUIDE_SNIPPET
-        done = run_python("-c", USE_WHAT_WAS_PUSHED, "tester/saved-model", script.teacher, snippet, env=env)
+        done = run_python(
+            "-c", USE_WHAT_WAS_PUSHED, "tester/saved-model", script.teacher, snippet, env=env, cwd=tmp_path
+        )  # fmt: skip
         assert ("'lora'" in done.stdout) == script.is_lora and "latent-consistency-model" in done.stdout
     written = {path.name for path in output.iterdir()}
     assert {"checkpoint-2", "checkpoint-4"} | (OUTPUTS[script.name] - {"student"}) <= written

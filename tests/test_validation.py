@@ -1,5 +1,8 @@
 """Pictures while training: what a user would get from the stock pipelines, for all networks, sizes and seeds."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -265,6 +268,34 @@ def test_prompts_from_a_file(teacher, shards, logged, tmp_path):
     assert captions == ["first", "a red three", "ein grünes Pferd"]
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"), [("sd", {"clip_sample": True, "thresholding": True}), ("lora_sdxl", {"clip_sample": None})]
+)
+def test_pictures_and_schedulers_never_clip_nor_change(name, changes, teacher, sdxl_teacher, shards, logged, tmp_path):
+    """Whatever the teacher's config says of clipping, as training does not clip; and the pipelines, which change the
+    config of the scheduler they are given, leave no trace in one checkpoint that is not in the other."""
+    plain = shutil.copytree(sdxl_teacher if "sdxl" in name else teacher, tmp_path / "plain")
+    path = "scheduler/scheduler_config.json"
+    config = json.loads((plain / path).read_text()) | {"steps_offset": 0}
+    (plain / path).write_text(json.dumps(config))
+    pictures, saved = [], []
+    for folder, more in ((plain, {}), (shutil.copytree(plain, tmp_path / "other"), changes)):
+        other = {key: value for key, value in (config | more).items() if value is not None}
+        (folder / path).write_text(json.dumps(other))
+        output = tmp_path / f"out-{folder.name}"
+        logged.clear()
+        more = ["--validation_teacher_steps=2", "--validation_num_inference_steps=2", "--validation_prompts=red"]
+        more += ["--max_train_steps=2", "--checkpointing_steps=1", "--validation_steps=1"]
+        Script(name, folder, shards, SCRIPTS[name]).main(output, *more)
+        pictures.append([np.asarray(p) for step in logged.values() for cells in step.values() for p, _ in cells])
+        files = [output / folder / path for folder in ("checkpoint-1", "checkpoint-2", ".")]
+        saved += [json.loads(file.read_text()) for file in files]
+        assert len(pictures[-1]) >= 5
+    assert len(saved) == 6 and all(one == saved[0] for one in saved)
+    assert saved[0]["steps_offset"] == 0 and not saved[0]["clip_sample"] and not saved[0]["thresholding"]
+    assert all(np.array_equal(*pair) for pair in zip(*pictures, strict=True))
+
+
 def test_default_columns_of_the_teacher(teacher, shards):
     script = Script("sd", teacher, shards, SCRIPTS["sd"])
     options = [option for option in script.options("out") if option != "--validation_teacher_steps"]
@@ -279,10 +310,10 @@ def test_a_teacher_that_cannot_be_drawn_costs_its_columns_only(teacher, shards, 
     """DDIM does not know more steps than the schedule has."""
     draw = lcm_validation.Validation.draw
 
-    def out_of_memory(self, network, columns, **parts):
-        if "scheduler" in parts:
+    def out_of_memory(self, network, columns, scheduler):
+        if columns[0].network == "teacher":
             raise RuntimeError("CUDA out of memory")
-        return draw(self, network, columns, **parts)
+        return draw(self, network, columns, scheduler)
 
     monkeypatch.setattr(lcm_validation.Validation, "draw", out_of_memory)
     script = Script("sd", teacher, shards, SCRIPTS["sd"])
