@@ -1,10 +1,22 @@
 # make demo: distil the built-in teacher and compare.  make demo-lora: the same with a LoRA.  make test: run the tests.
 # All make a virtual environment in .venv first; PYTHON=python3.12 picks another interpreter.
+# make test-oldest: a part of the tests with the oldest versions that requirements.txt allows, in .venv-oldest.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-lora test lint
+# Every script end to end, its files in diffusers, resuming, uploads, data, evaluation.
+OLDEST_TESTS := \
+	tests/test_common.py tests/test_lora.py tests/test_teacher.py \
+	tests/test_train.py::test_output_and_checkpoint_sample_in_the_stock_pipeline \
+	"tests/test_train.py::test_killed_and_resumed_equals_unbroken[lora_sd]" \
+	"tests/test_train.py::test_closing_lines_can_be_run[lora_sdxl]" \
+	"tests/test_train.py::test_public_command_and_what_it_pushes[sdxl]" \
+	tests/test_data.py::test_picture_formats tests/test_data.py::test_what_cannot_be_used_is_counted \
+	tests/test_data.py::test_a_pipe tests/test_data.py::test_resume_is_exact_with_workers \
+	tests/test_evaluate.py::test_pictures_are_those_of_the_readmes_code tests/test_evaluate.py::test_clip
+
+.PHONY: demo demo-lora test test-oldest lint
 
 demo: .venv/installed
 	$(BIN)/python demo/run.py $(ARGS)
@@ -15,10 +27,15 @@ demo-lora: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(OLDEST_TESTS) $(ARGS)
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 
-.venv/installed: requirements.txt requirements-dev.txt constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -r requirements-dev.txt -c constraints.txt
+.venv/installed: constraints.txt
+.venv-oldest/installed: constraints-oldest.txt
+.venv/installed .venv-oldest/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -r requirements-dev.txt -c $(filter constraints%,$^)
 	touch $@

@@ -182,6 +182,7 @@ def save_for_diffusers(unet, adapter, folder):
             "r": config.r,
             "lora_alpha": config.lora_alpha,
             "target_modules": sorted(config.target_modules),
+            "rank_pattern": {},  # diffusers before 0.40 reads it unasked
         },
         weight_name=DIFFUSERS_FILE,
     )

@@ -16,13 +16,17 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lcm_data import DataConfig, describe, expand_shards
 from lcm_options import UserError, first_line
 from lcm_samples import IMAGE_SUFFIXES, Problem, Unusable, open_image, read_shard, transform
 from lcm_secrets import redact
 from lcm_teacher import load_pretrained
+
+try:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+except ImportError:  # transformers 4, whose only one it is
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 logger = logging.getLogger(__name__)
 
@@ -98,13 +102,14 @@ class Clip:
     def image_features(self, images):
         """The embeddings (B, D) of pictures (B, 3, H, W) uint8, not normalised."""
         pixels = self.processor(list(images.numpy()), input_data_format="channels_first", return_tensors="pt")
-        return self.model.get_image_features(pixels["pixel_values"].to(self.model.device)).pooler_output
+        pooled = self.model.vision_model(pixels["pixel_values"].to(self.model.device)).pooler_output
+        return self.model.visual_projection(pooled)
 
     def text_features(self, prompts):
         """The embeddings (B, D) of B strings, which are cut to what the model takes; not normalised."""
         length = self.model.config.text_config.max_position_embeddings
         inputs = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        return self.model.get_text_features(**inputs.to(self.model.device)).pooler_output
+        return self.model.text_projection(self.model.text_model(**inputs.to(self.model.device)).pooler_output)
 
 
 def clip_score(image_features, text_features):

@@ -14,8 +14,8 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from huggingface_hub import hf_hub_download, is_offline_mode
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from lcm_lora import DIFFUSERS_FILE, adapter_layers
 from lcm_options import UserError, first_line
@@ -82,7 +82,8 @@ def has_file(source, name, cache_dir):
     try:
         return bool(hf_hub_download(source, name, cache_dir=cache_dir))
     except Exception as error:  # a name that is none, no access, no network
-        if isinstance(error, LocalEntryNotFoundError if is_offline_mode() else RemoteEntryNotFoundError):
+        is_local = isinstance(error, LocalEntryNotFoundError)  # not in the cache, and the Hub could not be asked
+        if isinstance(error, EntryNotFoundError) and is_local == constants.HF_HUB_OFFLINE:
             return False
         reason = f"is neither a folder nor to be had from the Hub: {first_line(error)}"
         raise UserError(f"--trained: {source!r} {reason}") from error

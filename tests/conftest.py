@@ -34,6 +34,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def local_folders_offline():
+    """diffusers before 0.40, where nothing may be downloaded, wants a LoRA's file named even in a folder."""
+    import diffusers.loaders.lora_base
+
+    diffusers.loaders.lora_base.HF_HUB_OFFLINE = False
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     """accelerate keeps device and precision for the life of a process, and `--local_rank` sets the environment."""
@@ -322,14 +330,16 @@ def hub():
         patch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # 0.x
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
         patch.delenv("HF_TOKEN", raising=False)
         for name in ("NO_PROXY", "no_proxy"):
             patch.setenv(name, "127.0.0.1")
-        huggingface_hub.close_session()  # the next one reads the environment anew
+        close_session = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions  # 0.x
+        close_session()  # the next one reads the environment anew
         try:
             yield server
         finally:
-            huggingface_hub.close_session()
+            close_session()

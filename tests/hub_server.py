@@ -190,7 +190,8 @@ class HubServer:
         url = f"{self.url}/{repo_id}"
         if repo_id in self._repos:
             raise HubError(409, "You already created this model repo", url=url)
-        self._repos[repo_id] = Repo(repo_id, private=payload.get("visibility") == "private")
+        private = payload.get("visibility") == "private" or payload.get("private", False)  # the latter from 0.x
+        self._repos[repo_id] = Repo(repo_id, private=private)
         self._repos[repo_id].commit({".gitattributes": Blob(GIT_ATTRIBUTES, lfs=False)})
         return {"url": url, "name": repo_id}
 
@@ -215,7 +216,7 @@ class HubServer:
         return {**about, "gated": False, "disabled": False, "tags": [], "siblings": siblings}
 
     def _tree(self, call, repo_id, revision):
-        if call.query.get("recursive") != ["true"]:
+        if call.query.get("recursive") not in (["true"], ["True"]):  # the client of 0.x writes the latter
             raise HubError(501, "The test server lists trees recursively only")
         entries = []
         for path, blob in sorted(self._repo(call, repo_id).at(revision)[1].items()):

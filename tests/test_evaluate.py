@@ -94,7 +94,8 @@ class Home:
 def make_clip(folder):
     """A random CLIP model with tokenizer and picture processor, for pictures of 12 x 12 pixels."""
     from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from lcm_metrics import CLIPImageProcessorPil
 
     torch.manual_seed(5)
     tokenizer = make_tokenizer()
@@ -539,7 +540,7 @@ def test_options_of_the_teacher(evaluate, error, home, tmp_path, monkeypatch):
     one = usual.drawn["teacher, 3 steps"]
     assert one.images.shape == (4, 3, 16, 16) and one.dtype == torch.float32
     assert type(one.scheduler) is DDIMScheduler and one.scheduler.config.timestep_spacing == "leading"
-    DiffusionPipeline.from_pretrained(home.teachers["sd"], dtype=torch.float16).save_pretrained(
+    DiffusionPipeline.from_pretrained(home.teachers["sd"]).to(torch.float16).save_pretrained(
         tmp_path / "half", variant="fp16"
     )
     half = evaluate(pretrained_teacher_model=tmp_path / "half", variant="fp16")

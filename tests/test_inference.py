@@ -8,6 +8,7 @@ import contextlib
 import copy
 import importlib
 import logging
+import re
 import shutil
 import warnings
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import lcm_export
 import lcm_lora
+from lcm_teacher import DTYPE
 
 DOCUMENT = (ROOT / "docs" / "inference.md").read_text()
 ON_CPU = [('"cuda"', '"cpu"'), ("torch.float16", "torch.float32")]
@@ -87,7 +89,7 @@ def write_style_lora(base, folder):
     StableDiffusionXLPipeline.save_lora_weights(
         folder,
         unet_lora_layers=get_peft_model_state_dict(unet, adapter_name="style"),
-        unet_lora_adapter_metadata={"r": 2, "lora_alpha": 2, "target_modules": targets},
+        unet_lora_adapter_metadata={"r": 2, "lora_alpha": 2, "target_modules": targets, "rank_pattern": {}},
         weight_name="papercut.safetensors",
     )
 
@@ -121,7 +123,7 @@ def write_fp16_variant(base):
     """Beside a pipeline's float32 files, as in SDXL's repository."""
     from diffusers import DiffusionPipeline
 
-    DiffusionPipeline.from_pretrained(base, dtype=torch.float16).save_pretrained(base, variant="fp16")
+    DiffusionPipeline.from_pretrained(base).to(torch.float16).save_pretrained(base, variant="fp16")
 
 
 def push(trained, output_dir, repository):
@@ -166,6 +168,7 @@ class Home:
         for old, new in (*replaced, *changes):
             assert old in code, f"{old!r} is not in the block under {heading!r}"
             code = code.replace(old, new)
+        code = re.sub(r"\bdtype=", f"{DTYPE}=", code)
         variables = {}
         with contextlib.chdir(self.path), complaints() as found:
             exec(compile(code, heading, "exec"), variables)

@@ -63,6 +63,18 @@ def test_links_and_code(document):
         compile(block, document, "exec")
 
 
+def test_lower_bounds_are_those_of_the_oldest_versions():
+    """requirements.txt allows from the pin of constraints-oldest.txt on, which `make test-oldest` runs."""
+
+    def versions(name, operator):
+        rows = re.findall(rf"^([\w-]+){operator}([\w.]+)", (ROOT / name).read_text(), re.M)
+        return {package.lower().replace("_", "-"): version for package, version in rows}
+
+    bounds, oldest = versions("requirements.txt", ">="), versions("constraints-oldest.txt", "==")
+    assert bounds and bounds == {package: oldest[package] for package in bounds}
+    assert bounds.keys() <= versions("constraints.txt", "==").keys()
+
+
 def test_every_fault_names_tests_that_exist():
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "faults.md").read_text())
     assert len(named) > 30

@@ -109,7 +109,8 @@ def test_output_and_checkpoint_sample_in_the_stock_pipeline(script, output, fold
             assert not any(info.values()), info
             assert pipeline.unet.dtype == torch.float32
             if folder == ".":
-                half, info = UNet2DConditionModel.from_pretrained(output, variant="fp16", dtype=torch.float16, **where)
+                where |= {"variant": "fp16", "torch_dtype": torch.float16}
+                half, info = UNet2DConditionModel.from_pretrained(output, **where)
                 assert not any(info.values()) and half.dtype == torch.float16
                 for name, tensor in half.state_dict().items():
                     assert torch.equal(tensor, pipeline.unet.state_dict()[name].half())
