@@ -284,13 +284,21 @@ def test_networks_are_told_what_was_cut(run, pictures, two_pictures, more):
 
 @covers("width_key", "height_key", by=SDXL)
 def test_original_sizes_come_from_the_json(run, json_shard):
-    keys = ("--width_key=w", "--height_key=h", "--train_batch_size=5")
+    keys = ("--width_key=w", "--height_key=h", "--train_batch_size=5", "--max_watermark_probability=1")
     done = run(*keys, shards=json_shard)
     rows = list(zip(done.captions, time_ids(done), strict=False))
     assert len({caption for caption, _ in rows}) == 10
     for caption, row in rows:
         assert row[:3] == (1000, [900, 10][int(caption.split()[1]) % 2], 0) and row[4:] == (16, 16)
     assert {row[:2] for row in time_ids(run("--train_batch_size=5", shards=json_shard))} == {(20, 24)}
+
+
+@covers("max_watermark_probability", by=SDXL)
+def test_marked_pictures_are_left_out_as_in_the_public_scripts(run, json_shard):
+    """Unless another bound is given, those above 0.5."""
+    done = run("--train_batch_size=5", shards=json_shard)
+    assert set(done.captions) == {f"caption {i}" for i in range(0, 10, 2)}
+    assert "x watermark too probable" in done.printed
 
 
 @covers("use_fix_crop_and_size", by=SDXL)
