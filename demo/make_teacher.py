@@ -312,6 +312,10 @@ def save_teacher(pipe, tokenizer_dir, folder):
         config = json.loads((fresh / part / "config.json").read_text())
         config.pop("_name_or_path", None)
         (fresh / part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    # transformers 5 leaves out `text_model.`; with it, as in public checkpoints, older versions read the weights too.
+    path = fresh / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
     # transformers 5 writes one tokenizer.json; vocab.json and merges.txt load in older versions too.
     shutil.rmtree(fresh / "tokenizer")
     shutil.copytree(tokenizer_dir, fresh / "tokenizer")

@@ -117,7 +117,7 @@ class Bench:
         if network == "LoRA":
             folder /= "lora"
             pipeline = self.evaluate.load_pipeline(HERE / "teacher")
-            pipeline.load_lora_weights(folder)
+            pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
         else:
             pipeline = self.evaluate.load_pipeline(HERE / "teacher", unet=folder / "unet_target")
         pipeline.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
