@@ -398,8 +398,7 @@ class TrainingData:
         `states` are those of all processes of the checkpoint; their tallies go to the first process.
         """
         passes = 1 + max(position["pass_index"] for state in states for position in state["positions"])
-        whole_cycles = -(-passes // self.config.num_streams)
-        self.positions = [Position(whole_cycles * self.config.num_streams)] * self.config.streams_per_process
+        self.positions = [Position(passes * self.config.num_streams)] * self.config.streams_per_process
         if self.config.rank == 0:
             tallies = [Tally(s["num_used"], s.get("num_unscored", 0), Counter(s["skipped"])) for s in states]
             self.tally = sum(tallies, Tally())
