@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 
-from lcm_options import (
+from lcm.options.groups import (
     BEFORE_ERROR,
     SCHEDULERS,
     VALIDATION_PROMPTS,
@@ -28,7 +28,7 @@ from lcm_options import (
     read_prompts,
     run,
 )
-from lcm_secrets import redact_arguments
+from lcm.options.secrets import redact_arguments
 
 MANY, FEW = "ddim", "ddim-trailing"  # on the teacher's own timesteps; one step on the usual, "leading", says nothing
 GRID_ROWS, LARGEST_CELL = 5, 256  # of grid.png: prompts, and pixels a side of a picture
@@ -150,9 +150,9 @@ def evaluate(args):
     import torch
     from tqdm.auto import tqdm
 
-    import lcm_sampling
-    import lcm_schedulers
-    from lcm_metrics import Measures
+    from lcm.evaluation import candidates as lcm_sampling
+    from lcm.evaluation.measures import Measures
+    from lcm.pictures import samplers as lcm_schedulers
 
     prompts = [args.prompts[i % len(args.prompts)] for i in range(args.num_images)]
     try:
@@ -249,7 +249,7 @@ def draw(rows, pictures, prompts):
     """grid.png: a row for each prompt, a column for each row of the table. `pictures` are (P, 3, H, W) uint8 each."""
     from PIL import Image
 
-    from lcm_validation import picture_grid
+    from lcm.pictures.validation import picture_grid
 
     labels = [
         f"{row['network']}\n{count(row['steps'])}\n{row['sampler']}\nguidance {row['guidance_scale']:g}"
@@ -265,7 +265,7 @@ def write(folder, results, pictures, prompts):
 
     A README.md that is not of an evaluation stays; evaluation.md is then written in its place.
     """
-    from lcm_report import mark, report_name
+    from lcm.results.card import mark, report_name
 
     report = report_name(folder, "evaluation")
     draw(results["rows"], pictures, prompts).save(os.path.join(folder, "grid.png"))

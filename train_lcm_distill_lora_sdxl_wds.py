@@ -15,7 +15,7 @@ and output_dir/scheduler.
 
 from functools import partial
 
-from lcm_options import (
+from lcm.options.groups import (
     add_data_options,
     add_distillation_options,
     add_hub_options,
@@ -55,8 +55,8 @@ def load_models(args, accelerator, encode_prompts):
     without the adapter. The target is the student without dropout, or with `--ema_decay` its moving average. A call of
     teacher or target leaves the student as it was.
     """
-    import lcm_lora
-    import lcm_teacher
+    from lcm.models import lora as lcm_lora
+    from lcm.models import prompts as lcm_teacher
 
     student = lcm_teacher.load_unet(args, encode_prompts, dtype=lcm_teacher.weight_dtype(accelerator))
     lcm_lora.add_adapters(student, args)
@@ -71,16 +71,16 @@ def train(args):
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    import lcm_checkpoint
-    import lcm_data
-    import lcm_export
-    import lcm_lora
-    import lcm_progress
-    import lcm_schedulers
-    import lcm_teacher
-    import lcm_trackers
-    import lcm_training
-    import lcm_validation
+    from lcm.data import loader as lcm_data
+    from lcm.models import lora as lcm_lora
+    from lcm.models import prompts as lcm_teacher
+    from lcm.pictures import samplers as lcm_schedulers
+    from lcm.pictures import validation as lcm_validation
+    from lcm.results import finish as lcm_export
+    from lcm.run import checkpoints as lcm_checkpoint
+    from lcm.run import progress as lcm_progress
+    from lcm.run import start as lcm_training
+    from lcm.run import trackers as lcm_trackers
     from lcm_common import (
         DDIMSolver,
         add_noise,

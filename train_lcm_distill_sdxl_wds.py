@@ -13,7 +13,7 @@ output_dir/scheduler.
 
 from functools import partial
 
-from lcm_options import (
+from lcm.options.groups import (
     add_data_options,
     add_distillation_options,
     add_full_model_options,
@@ -55,7 +55,7 @@ def load_models(args, accelerator, encode_prompts):
     import torch
     from diffusers import UNet2DConditionModel
 
-    import lcm_teacher
+    from lcm.models import prompts as lcm_teacher
 
     teacher = lcm_teacher.load_unet(args, encode_prompts, dtype=torch.float32)
     student = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=args.unet_time_cond_proj_dim)
@@ -76,16 +76,17 @@ def train(args):
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    import lcm_checkpoint
-    import lcm_data
-    import lcm_export
-    import lcm_progress
-    import lcm_schedulers
-    import lcm_sharding
-    import lcm_teacher
-    import lcm_trackers
-    import lcm_training
-    import lcm_validation
+    from lcm.data import loader as lcm_data
+    from lcm.models import prompts as lcm_teacher
+    from lcm.models import sharding as lcm_sharding
+    from lcm.pictures import samplers as lcm_schedulers
+    from lcm.pictures import validation as lcm_validation
+    from lcm.pictures.validation import eval_mode
+    from lcm.results import finish as lcm_export
+    from lcm.run import checkpoints as lcm_checkpoint
+    from lcm.run import progress as lcm_progress
+    from lcm.run import start as lcm_training
+    from lcm.run import trackers as lcm_trackers
     from lcm_common import (
         DDIMSolver,
         add_noise,
@@ -97,7 +98,6 @@ def train(args):
         predicted_origin,
         update_ema,
     )
-    from lcm_validation import eval_mode
 
     # The teacher and its parts, the student, the target.
     accelerator = lcm_training.start(args, can_shard=True)

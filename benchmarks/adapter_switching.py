@@ -35,7 +35,7 @@ def measure(ema_decay, dropout, steps):
     """(layers with an adapter, ms a step, ms a step with diffusers' methods)."""
     from diffusers import UNet2DConditionModel
 
-    import lcm_lora
+    from lcm.models import lora as lcm_lora
 
     args = SimpleNamespace(
         lora_rank=1, lora_alpha=1, lora_dropout=dropout, lora_target_modules=None, ema_decay=ema_decay,

@@ -43,7 +43,7 @@ def parameter_counts(is_sdxl, lora_rank=64):
     import diffusers
     import transformers
 
-    import lcm_lora
+    from lcm.models import lora as lcm_lora
 
     args = SimpleNamespace(
         lora_rank=lora_rank, lora_alpha=lora_rank, lora_dropout=0.0, lora_target_modules=None, ema_decay=None,

@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import lcm_data
+from lcm.data import loader as lcm_data
 
 CASES = {  # name: sizes of the shards, streams
     "3 equal shards, 4 streams": ([100] * 3, 4),

@@ -16,7 +16,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import lcm_data
+from lcm.data import loader as lcm_data
 
 
 def write_shard(path, count, size):

@@ -22,10 +22,10 @@ from classifier import accuracy, features
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-import lcm_metrics  # noqa: E402
-import lcm_sampling  # noqa: E402
-import lcm_schedulers  # noqa: E402
-from lcm_options import SCHEDULERS  # noqa: E402
+from lcm.evaluation import candidates as lcm_sampling  # noqa: E402
+from lcm.evaluation import measures as lcm_metrics  # noqa: E402
+from lcm.options.groups import SCHEDULERS  # noqa: E402
+from lcm.pictures import samplers as lcm_schedulers  # noqa: E402
 
 HELDOUT = HERE / "shards" / "heldout-00000.tar"
 

@@ -19,10 +19,10 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import lcm_data
-import lcm_sharding
-import lcm_teacher
-import lcm_training
+from lcm.data import loader as lcm_data
+from lcm.models import prompts as lcm_teacher
+from lcm.models import sharding as lcm_sharding
+from lcm.run import start as lcm_training
 
 # FSDP2 without GPUs.
 

@@ -36,11 +36,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.gopen import Pipe, gopen_schemes
 
-import lcm_data
-import lcm_pipe
-import lcm_samples
-from lcm_data import DataConfig, TrainingData, expand_shards
-from lcm_options import UserError
+from lcm.data import commands as lcm_pipe
+from lcm.data import loader as lcm_data
+from lcm.data import samples as lcm_samples
+from lcm.data.loader import DataConfig, TrainingData, expand_shards
+from lcm.options.groups import UserError
 
 GREY = np.full((16, 16, 3), 128, np.uint8)
 PNG = encode_image(GREY)

@@ -30,10 +30,10 @@ from diffusers import (
 from PIL import Image
 
 import evaluate_lcm
-import lcm_metrics
-import lcm_sampling
+from lcm.evaluation import candidates as lcm_sampling
+from lcm.evaluation import measures as lcm_metrics
+from lcm.pictures.validation import picture_grid
 from lcm_common import guidance_embedding
-from lcm_validation import picture_grid
 
 PROMPTS = ["a red three", "a blue two on a white background", "a green seven"]
 GRID = 10  # points of the grid that was trained, unlike a new LCMScheduler's 50
@@ -95,7 +95,7 @@ def make_clip(folder):
     """A random CLIP model with tokenizer and picture processor, for pictures of 12 x 12 pixels."""
     from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-    from lcm_metrics import CLIPImageProcessorPil
+    from lcm.evaluation.measures import CLIPImageProcessorPil
 
     torch.manual_seed(5)
     tokenizer = make_tokenizer()

@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import lcm_export
-import lcm_lora
-from lcm_teacher import DTYPE
+from lcm.models import lora as lcm_lora
+from lcm.models.prompts import DTYPE
+from lcm.results import finish as lcm_export
 
 DOCUMENT = (ROOT / "docs" / "inference.md").read_text()
 ON_CPU = [('"cuda"', '"cpu"'), ("torch.float16", "torch.float32")]

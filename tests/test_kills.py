@@ -12,8 +12,8 @@ import sys
 import torch
 from conftest import EVERYTHING_AT_RANDOM
 
-import lcm_progress
-import lcm_teacher
+from lcm.models import prompts as lcm_teacher
+from lcm.run import progress as lcm_progress
 
 KILL_MOMENTS = int(os.environ.get("KILL_MOMENTS", "8"))
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}

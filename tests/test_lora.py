@@ -15,10 +15,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import lcm_lora
 from benchmarks.estimate import SD, SDXL
+from lcm.models import lora as lcm_lora
+from lcm.models.lora import EMA, TRAINED, AdapterView
 from lcm_common import update_ema
-from lcm_lora import EMA, TRAINED, AdapterView
 
 
 def options(**more):

@@ -41,11 +41,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import lcm_common
-import lcm_data
-import lcm_progress
-import lcm_training
-import lcm_validation
-from lcm_samples import read_shard
+from lcm.data import loader as lcm_data
+from lcm.data.samples import read_shard
+from lcm.pictures import validation as lcm_validation
+from lcm.run import progress as lcm_progress
+from lcm.run import start as lcm_training
 
 FULL, LORA = ("sd", "sdxl"), ("lora_sd", "lora_sdxl")
 ALL = FULL + LORA

@@ -9,11 +9,11 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, SCRIPTS, Script
 
-import lcm_checkpoint
 import lcm_common
-import lcm_data
-import lcm_progress
-import lcm_validation
+from lcm.data import loader as lcm_data
+from lcm.pictures import validation as lcm_validation
+from lcm.run import checkpoints as lcm_checkpoint
+from lcm.run import progress as lcm_progress
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_one_line_waits_for_the_device_once_per_optimizer_step(script, tmp_path,
 
         def watched(self, *args, **kwargs):
             caller = sys._getframe(1).f_code
-            if Path(caller.co_filename).parent == ROOT:
+            if Path(caller.co_filename).parent == ROOT or ROOT / "lcm" in Path(caller.co_filename).parents:
                 readers.append((Path(caller.co_filename).name, caller.co_name))
             return read(self, *args, **kwargs)
 
@@ -210,9 +210,9 @@ def test_one_line_waits_for_the_device_once_per_optimizer_step(script, tmp_path,
     originals = {name: getattr(torch.Tensor, name) for name in watchers}
     monkeypatch.setattr(lcm_progress.Progress, "__init__", started)
     monkeypatch.setattr(lcm_progress.Progress, "close", closed)
-    monkeypatch.setattr("lcm_validation.Validation.run", lambda self, step: None)
+    monkeypatch.setattr("lcm.pictures.validation.Validation.run", lambda self, step: None)
     script.main(tmp_path, "--gradient_accumulation_steps=2", "--max_train_steps=3")
-    assert readers == [("lcm_progress.py", "check")] * 3
+    assert readers == [("progress.py", "check")] * 3
 
 
 def test_processes_speak_once_per_optimizer_step(sd, tmp_path, monkeypatch):

@@ -45,13 +45,6 @@ def test_estimate_of_memory_is_what_the_command_prints():
         assert any(f"`{script}`" in line and line.endswith(" | ".join(figures)) for line in README.splitlines())
 
 
-def test_lines_of_the_files():
-    counted = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)
-    assert {name for name, _ in counted} == {path.name for path in ROOT.glob("*.py")}
-    for name, lines in counted:
-        assert len((ROOT / name).read_text().splitlines()) == int(lines), name
-
-
 @pytest.mark.parametrize("document", ["README.md", "demo/README.md", "docs/inference.md"])
 def test_links_and_code(document):
     """Relative links lead somewhere; Python blocks are Python."""

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import evaluate_lcm
-import lcm_export
-import lcm_lora
-import lcm_report
+from lcm.models import lora as lcm_lora
+from lcm.results import card as lcm_report
+from lcm.results import finish as lcm_export
 
 
 def pictures_of(folder):
@@ -30,7 +30,7 @@ def test_the_card_shows_pictures_and_curves(script, tmp_path):
 
 def test_a_card_without_pictures(teacher, shards, tmp_path, monkeypatch, capfd):
     """What could not be drawn is not shown, and costs nothing else."""
-    import lcm_validation
+    from lcm.pictures import validation as lcm_validation
 
     def broken(*args):
         raise RuntimeError("no font")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import SCRIPTS, common_options
 
-import lcm_checkpoint
-from lcm_options import UserError, public_options
+from lcm.options.groups import UserError, public_options
+from lcm.run import checkpoints as lcm_checkpoint
 
 CHANGED = "--resume_with_changed_options"
 REFUSED, WARNED, SILENT = "refused", "warned", "silent"

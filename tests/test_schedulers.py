@@ -1,4 +1,4 @@
-"""lcm_schedulers.py: whatever a teacher's config says or leaves out, pictures are sampled along what was trained."""
+"""Samplers: whatever a teacher's config says or leaves out, pictures are sampled along what was trained."""
 
 import itertools
 import json
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from lcm.models.prompts import load_noise_schedule
+from lcm.options.groups import SCHEDULERS
+from lcm.pictures.samplers import lcm_scheduler, make_scheduler
 from lcm_common import DDIMSolver, consistency_function
-from lcm_options import SCHEDULERS
-from lcm_schedulers import lcm_scheduler, make_scheduler
-from lcm_teacher import load_noise_schedule
 
 COMPLETE = {
     "num_train_timesteps": 1000,

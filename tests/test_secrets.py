@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import evaluate_lcm
-import lcm_secrets
-from lcm_data import expand_shards
-from lcm_http import HttpFile, split_login
-from lcm_options import UserError, run
-from lcm_samples import read_shard
-from lcm_secrets import redact, without_credentials
+from lcm.data.http import HttpFile, split_login
+from lcm.data.loader import expand_shards
+from lcm.data.samples import read_shard
+from lcm.options import secrets as lcm_secrets
+from lcm.options.groups import UserError, run
+from lcm.options.secrets import redact, without_credentials
 
 S = "S3cr3t-Value_0123"  # in every row of the table
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, Script
 
-import lcm_progress
+from lcm.run import progress as lcm_progress
 
 # Raises a signal inside step 3, to this process or to its whole group, as a terminal and SLURM do.
 SIGNALLED = """
 import importlib, os, signal, sys
-import lcm_progress
+from lcm.run import progress as lcm_progress
 
 script, name, whom, *options = sys.argv[1:]
 number, add_loss = getattr(signal, name), lcm_progress.Progress.add_losses
@@ -106,9 +106,9 @@ importlib.import_module(script).main(options)
 @pytest.mark.parametrize(
     ("name", "number", "module", "method"),
     [
-        ("sd", "SIGTERM", "lcm_validation", "Validation.show"),
-        ("lora_sd", "SIGINT", "lcm_lora", "LoraModel.export"),
-        ("sd", "SIGINT", "lcm_trackers", "Trackers.finish"),
+        ("sd", "SIGTERM", "lcm.pictures.validation", "Validation.show"),
+        ("lora_sd", "SIGINT", "lcm.models.lora", "LoraModel.export"),
+        ("sd", "SIGINT", "lcm.run.trackers", "Trackers.finish"),
     ],
 )
 def test_a_signal_after_the_last_step_lets_the_results_be_written(
@@ -138,7 +138,7 @@ def test_ctrl_c_before_the_first_step_is_one_line(teacher, shards, tmp_path, mon
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lcm_teacher.load_vae", interrupted)
+    monkeypatch.setattr("lcm.models.prompts.load_vae", interrupted)
     with pytest.raises(SystemExit) as stop:
         Script("sd", teacher, shards, SCRIPTS["sd"]).main(tmp_path)
     assert stop.value.code == 130 and capsys.readouterr().err.endswith("\nStopped before the first step.\n")
@@ -150,7 +150,7 @@ def test_ctrl_c_in_an_evaluation_is_one_line(teacher, tmp_path, monkeypatch, cap
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lcm_sampling.load_teacher", interrupted)
+    monkeypatch.setattr("lcm.evaluation.candidates.load_teacher", interrupted)
     with pytest.raises(SystemExit) as stop:
         evaluate_lcm.main([f"--pretrained_teacher_model={teacher}", f"--trained={tmp_path}", "--clip_model=none",
                            "--feature_network=none", f"--output_dir={tmp_path / 'out'}"])  # fmt: skip

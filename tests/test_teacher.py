@@ -7,8 +7,8 @@ import torch
 from conftest import common_options, make_sdxl_teacher
 from diffusers import AutoencoderKL
 
-import lcm_teacher
-import lcm_training
+from lcm.models import prompts as lcm_teacher
+from lcm.run import start as lcm_training
 from train_lcm_distill_sdxl_wds import parse_args
 
 BATCH = {

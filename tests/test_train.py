@@ -13,10 +13,10 @@ from hub_server import HubServer, client_env
 from PIL import Image
 from safetensors.torch import load_file
 
-import lcm_checkpoint
-import lcm_progress
-import lcm_teacher
-import lcm_training
+from lcm.models import prompts as lcm_teacher
+from lcm.run import checkpoints as lcm_checkpoint
+from lcm.run import progress as lcm_progress
+from lcm.run import start as lcm_training
 from train_lcm_distill_sd_wds import load_models, main, parse_args
 
 SCRIPT = ROOT / "train_lcm_distill_sd_wds.py"
@@ -216,7 +216,7 @@ def test_first_loss_is_that_of_the_formulas(script, tmp_path, monkeypatch):
     """The first loss of a run equals Algorithm 1 written out with diffusers' own classes."""
     from diffusers import DDIMScheduler, DiffusionPipeline
 
-    import lcm_data
+    from lcm.data import loader as lcm_data
 
     batches, losses = [], []
     unwrapped = lcm_data.TrainingData.__iter__
@@ -335,7 +335,7 @@ def test_same_seed_same_weights_with_two_workers(script, tmp_path):
 
 KILLED_AT = """
 import importlib, os, signal, sys
-import lcm_progress
+from lcm.run import progress as lcm_progress
 
 step = lcm_progress.Progress.step
 
@@ -497,7 +497,7 @@ def test_many_skipped_steps_in_a_row_are_an_error(teacher, shards, tmp_path, mon
 
 
 def test_failed_pictures_cost_nothing_but_pictures(teacher, shards, tmp_path, monkeypatch, capfd):
-    import lcm_validation
+    from lcm.pictures import validation as lcm_validation
 
     def out_of_memory(*args):
         raise RuntimeError("CUDA out of memory")
@@ -512,7 +512,7 @@ def test_failed_pictures_cost_nothing_but_pictures(teacher, shards, tmp_path, mo
 
 DISK_FULL = """
 import resource, signal, sys
-import lcm_checkpoint
+from lcm.run import checkpoints as lcm_checkpoint
 from train_lcm_distill_sd_wds import main
 
 save = lcm_checkpoint.Checkpoints.save

@@ -11,10 +11,10 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
-import lcm_trackers
-import lcm_validation
-from lcm_options import default_guidance_scale
-from lcm_validation import picture_grid
+from lcm.options.groups import default_guidance_scale
+from lcm.pictures import validation as lcm_validation
+from lcm.pictures.validation import picture_grid
+from lcm.run import trackers as lcm_trackers
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 
-from lcm_secrets import redact
+from lcm.options.secrets import redact
 
 VALIDATION_PROMPTS = [
     "a watercolour of a lighthouse on a cliff at dusk, gentle waves, warm light in the windows",

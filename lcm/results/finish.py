@@ -1,6 +1,6 @@
 """What a run leaves behind: what was trained, the scheduler that fits, a model card, and all of it on the Hub.
 
-`FullModel` here and `LoraModel` in `lcm_lora.py` know the files of what was trained; `Export` writes and pushes them.
+`FullModel` here and `LoraModel` in `models/lora.py` know the files of what was trained; `Export` writes, pushes them.
 """
 
 import json
@@ -11,12 +11,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from huggingface_hub import CommitOperationAdd, create_commit, create_repo
 
-import lcm_sharding
-from lcm_checkpoint import whole_entries
-from lcm_options import UserError, default_guidance_scale, first_line, repository_name
-from lcm_progress import METRICS_FILE, MetricsFile
-from lcm_report import Machine, draw_curves, model_card, report_name, teacher_name
-from lcm_validation import pages_of
+from lcm.models import sharding as lcm_sharding
+from lcm.options.groups import UserError, default_guidance_scale, first_line, repository_name
+from lcm.pictures.validation import pages_of
+from lcm.results.card import Machine, draw_curves, model_card, report_name, teacher_name
+from lcm.run.checkpoints import whole_entries
+from lcm.run.progress import METRICS_FILE, MetricsFile
 
 logger = logging.getLogger(__name__)
 

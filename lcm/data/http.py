@@ -9,7 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-from lcm_secrets import redact
+from lcm.options.secrets import redact
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ import diffusers
 import torch
 import transformers
 
-from lcm_data import DataConfig, describe, expand_shards
-from lcm_options import UserError, first_line
-from lcm_samples import IMAGE_SUFFIXES, Problem, Unusable, open_image, read_shard, transform
-from lcm_secrets import redact
-from lcm_teacher import load_pretrained
+from lcm.data.loader import DataConfig, describe, expand_shards
+from lcm.data.samples import IMAGE_SUFFIXES, Problem, Unusable, open_image, read_shard, transform
+from lcm.models.prompts import load_pretrained
+from lcm.options.groups import UserError, first_line
+from lcm.options.secrets import redact
 
 try:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
-from lcm_options import UserError
+from lcm.options.groups import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -26,10 +26,10 @@ import psutil
 import torch
 from accelerate.utils import gather_object
 
-from lcm_options import UserError, first_line
-from lcm_pipe import end_children
-from lcm_samples import CAPTION_SUFFIXES, IMAGE_SUFFIXES, Problem, Unusable, collate, decode_sample, read_shard
-from lcm_secrets import redact
+from lcm.data.commands import end_children
+from lcm.data.samples import CAPTION_SUFFIXES, IMAGE_SUFFIXES, Problem, Unusable, collate, decode_sample, read_shard
+from lcm.options.groups import UserError, first_line
+from lcm.options.secrets import redact
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from lcm_http import HttpFile
-from lcm_pipe import open_url
+from lcm.data.commands import open_url
+from lcm.data.http import HttpFile
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_SUFFIXES = ("txt", "text", "caption")

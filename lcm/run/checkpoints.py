@@ -14,9 +14,9 @@ import shutil
 
 from accelerate.utils import RNG_STATE_NAME, SCALER_NAME, gather_object, load
 
-import lcm_sharding
-from lcm_options import UserError, find_checkpoint, first_line, public_options, without_secrets
-from lcm_secrets import without_credentials
+from lcm.models import sharding as lcm_sharding
+from lcm.options.groups import UserError, find_checkpoint, first_line, public_options, without_secrets
+from lcm.options.secrets import without_credentials
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 
-from lcm_checkpoint import check_resume, stored_seed
-from lcm_options import AT_END, UserError, first_line
+from lcm.options.groups import AT_END, UserError, first_line
+from lcm.run.checkpoints import check_resume, stored_seed
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
-import lcm_schedulers
-from lcm_options import default_guidance_scale, first_line
+from lcm.options.groups import default_guidance_scale, first_line
+from lcm.pictures import samplers as lcm_schedulers
 
 logger = logging.getLogger(__name__)
 

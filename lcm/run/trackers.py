@@ -11,8 +11,8 @@ import os
 import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from lcm_options import first_line, public_options
-from lcm_secrets import redacted_command_line
+from lcm.options.groups import first_line, public_options
+from lcm.options.secrets import redacted_command_line
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from huggingface_hub import ModelCard, ModelCardData
 
-from lcm_teacher import DTYPE
+from lcm.models.prompts import DTYPE
 
 GENERIC_NAMES = r"teacher|models?|unet|base|sd|sdxl|output|results?|diffusers|pretrained|checkpoint(-\d+)?|[\W\d]+"
 

@@ -20,9 +20,9 @@ import torch
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from lcm.options.groups import AT_END, BEFORE_ERROR, UserError
+from lcm.run.start import samples_per_step
 from lcm_common import relative_distance
-from lcm_options import AT_END, BEFORE_ERROR, UserError
-from lcm_training import samples_per_step
 
 logger = logging.getLogger(__name__)
 

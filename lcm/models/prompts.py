@@ -13,7 +13,7 @@ import transformers
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from packaging import version
 
-from lcm_options import UserError, first_line
+from lcm.options.groups import UserError, first_line
 
 OPTION = "--pretrained_teacher_model"
 # What diffusers' `from_pretrained` calls it, which until 0.40 did not know `dtype`.

@@ -17,10 +17,10 @@ import transformers
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from lcm_lora import DIFFUSERS_FILE, adapter_layers
-from lcm_options import UserError, first_line
-from lcm_schedulers import make_scheduler
-from lcm_teacher import DTYPE, OPTION, load_config, load_part, load_pretrained
+from lcm.models.lora import DIFFUSERS_FILE, adapter_layers
+from lcm.models.prompts import DTYPE, OPTION, load_config, load_part, load_pretrained
+from lcm.options.groups import UserError, first_line
+from lcm.pictures.samplers import make_scheduler
 
 logger = logging.getLogger(__name__)
 
