@@ -15,20 +15,12 @@ import os
 import shlex
 import sys
 
-from lcm.options.groups import (
-    BEFORE_ERROR,
-    SCHEDULERS,
-    VALIDATION_PROMPTS,
-    UserError,
-    add_model_options,
-    first_line,
-    integer,
-    make_parser,
-    number,
-    read_prompts,
-    run,
-)
+from lcm.errors import BEFORE_ERROR, UserError, first_line, run
+from lcm.options.choices import SCHEDULERS, VALIDATION_PROMPTS
+from lcm.options.files import read_prompts
+from lcm.options.groups import add_model_options
 from lcm.options.secrets import redact_arguments
+from lcm.options.types import integer, make_parser, number
 
 MANY, FEW = "ddim", "ddim-trailing"  # on the teacher's own timesteps; one step on the usual, "leading", says nothing
 GRID_ROWS, LARGEST_CELL = 5, 256  # of grid.png: prompts, and pixels a side of a picture
@@ -150,18 +142,18 @@ def evaluate(args):
     import torch
     from tqdm.auto import tqdm
 
-    from lcm.evaluation import candidates as lcm_sampling
+    from lcm.evaluation import candidates, sampling
     from lcm.evaluation.measures import Measures
-    from lcm.pictures import samplers as lcm_schedulers
+    from lcm.pictures import samplers
 
     prompts = [args.prompts[i % len(args.prompts)] for i in range(args.num_images)]
     try:
         os.makedirs(args.output_dir, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir: {error}") from None
-    pipeline = lcm_sampling.load_teacher(args)
-    trained = [lcm_sampling.find_trained(pipeline, args, *value) for value in args.trained]
-    noise = lcm_sampling.starting_noise(pipeline, len(prompts), args.seed, args.resolution)
+    pipeline = candidates.load_teacher(args)
+    trained = [candidates.find_trained(pipeline, args, *value) for value in args.trained]
+    noise = sampling.starting_noise(pipeline, len(prompts), args.seed, args.resolution)
     measures = Measures(args, prompts, pipeline.device, noise.shape[-1] * pipeline.vae_scale_factor)
     few, places, rows = args.num_inference_steps, shown_prompts(prompts), []
     progress = tqdm(total=len(prompts) * (1 + len(few) * (1 + len(trained))), unit="picture", dynamic_ncols=True)
@@ -170,9 +162,9 @@ def evaluate(args):
     def add_row(network, steps, sampler, scheduler, guidance_scale):
         progress.set_description(f"{network}, {count(steps)}")
         pipeline.scheduler = scheduler
-        generators = lcm_sampling.picture_generators(len(prompts), args.seed)
+        generators = sampling.picture_generators(len(prompts), args.seed)
         try:
-            images, seconds = lcm_sampling.sample(
+            images, seconds = sampling.sample(
                 pipeline, prompts, noise, steps, guidance_scale, generators, args.batch_size, progress
             )
         except torch.OutOfMemoryError as error:
@@ -185,12 +177,12 @@ def evaluate(args):
     own = pipeline.scheduler
     for steps, usual in [(args.teacher_num_inference_steps, MANY), *((steps, FEW) for steps in few)]:
         name = args.teacher_scheduler or usual
-        add_row("teacher", steps, name, lcm_schedulers.make_scheduler(name, own), args.guidance_scale)
+        add_row("teacher", steps, name, samplers.make_scheduler(name, own), args.guidance_scale)
     for network in sorted(trained, key=lambda network: not network.is_lora):  # LoRAs need the teacher's own U-Net
-        lcm_sampling.load_trained(pipeline, network, args)
+        candidates.load_trained(pipeline, network, args)
         for steps in few:
             scale = args.lora_guidance_scale if network.is_lora else args.guidance_scale
-            scheduler = lcm_schedulers.make_scheduler("own", network.scheduler)
+            scheduler = samplers.make_scheduler("own", network.scheduler)
             add_row(network.label, steps, "lcm", scheduler, scale)
         if network.is_lora:
             pipeline.unload_lora_weights()
@@ -249,7 +241,7 @@ def draw(rows, pictures, prompts):
     """grid.png: a row for each prompt, a column for each row of the table. `pictures` are (P, 3, H, W) uint8 each."""
     from PIL import Image
 
-    from lcm.pictures.validation import picture_grid
+    from lcm.pictures.grid import picture_grid
 
     labels = [
         f"{row['network']}\n{count(row['steps'])}\n{row['sampler']}\nguidance {row['guidance_scale']:g}"

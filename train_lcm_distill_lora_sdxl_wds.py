@@ -15,6 +15,8 @@ and output_dir/scheduler.
 
 from functools import partial
 
+from lcm.errors import run
+from lcm.options.checks import default_guidance_scale, parse
 from lcm.options.groups import (
     add_data_options,
     add_distillation_options,
@@ -26,11 +28,8 @@ from lcm.options.groups import (
     add_sdxl_options,
     add_training_options,
     add_validation_options,
-    default_guidance_scale,
-    make_parser,
-    parse,
-    run,
 )
+from lcm.options.types import make_parser
 
 
 def parse_args(argv=None):
@@ -55,14 +54,15 @@ def load_models(args, accelerator, encode_prompts):
     without the adapter. The target is the student without dropout, or with `--ema_decay` its moving average. A call of
     teacher or target leaves the student as it was.
     """
-    from lcm.models import lora as lcm_lora
-    from lcm.models import prompts as lcm_teacher
+    from lcm.models.loading import weight_dtype
+    from lcm.models.lora import EMA, TRAINED, AdapterView, add_adapters
+    from lcm.models.unet import load_unet
 
-    student = lcm_teacher.load_unet(args, encode_prompts, dtype=lcm_teacher.weight_dtype(accelerator))
-    lcm_lora.add_adapters(student, args)
+    student = load_unet(args, encode_prompts, dtype=weight_dtype(accelerator))
+    add_adapters(student, args)
     student.to(accelerator.device).train()
-    teacher = lcm_lora.AdapterView(student, None)
-    target = lcm_lora.AdapterView(student, lcm_lora.TRAINED if args.ema_decay is None else lcm_lora.EMA)
+    teacher = AdapterView(student, None)
+    target = AdapterView(student, TRAINED if args.ema_decay is None else EMA)
     return teacher, student, target
 
 
@@ -71,16 +71,25 @@ def train(args):
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    from lcm.data import loader as lcm_data
-    from lcm.models import lora as lcm_lora
-    from lcm.models import prompts as lcm_teacher
-    from lcm.pictures import samplers as lcm_schedulers
-    from lcm.pictures import validation as lcm_validation
-    from lcm.results import finish as lcm_export
-    from lcm.run import checkpoints as lcm_checkpoint
-    from lcm.run import progress as lcm_progress
-    from lcm.run import start as lcm_training
-    from lcm.run import trackers as lcm_trackers
+    from lcm.data.config import data_config
+    from lcm.data.loader import TrainingData
+    from lcm.data.shards import expand_shards
+    from lcm.models.loading import weight_dtype
+    from lcm.models.lora import EMA, TRAINED, adapter_parameters
+    from lcm.models.networks import LoraModel
+    from lcm.models.prompts import SDXLPromptEncoder, join_conditioning
+    from lcm.models.schedule import load_noise_schedule
+    from lcm.models.speed import enable_memory_savers
+    from lcm.models.vae import encode_pixels, load_vae
+    from lcm.pictures.samplers import lcm_scheduler
+    from lcm.pictures.validation import Validation
+    from lcm.results.finish import Export
+    from lcm.run.checkpoints import Checkpoints
+    from lcm.run.optimizers import make_lr_scheduler, make_optimizer
+    from lcm.run.plan import describe_run, set_length
+    from lcm.run.progress import Progress
+    from lcm.run.start import start, step_generator
+    from lcm.run.trackers import Trackers
     from lcm_common import (
         DDIMSolver,
         add_noise,
@@ -93,37 +102,37 @@ def train(args):
     )
 
     # The teacher and its parts, the student, the target.
-    accelerator = lcm_training.start(args)
+    accelerator = start(args)
     device = accelerator.device
-    schedule = lcm_teacher.load_noise_schedule(args)
+    schedule = load_noise_schedule(args)
     solver = DDIMSolver(schedule.alphas_cumprod.to(device), args.num_ddim_timesteps)
     alphas, sigmas = solver.alphas, solver.sigmas
     prediction_type = schedule.config.prediction_type
-    shards = lcm_data.expand_shards(args.train_shards_path_or_url)
-    encode_prompts = lcm_teacher.SDXLPromptEncoder(args, accelerator)
+    shards = expand_shards(args.train_shards_path_or_url)
+    encode_prompts = SDXLPromptEncoder(args, accelerator)
     # SDXL's own VAE overflows in fp16; one that is given in its place is taken to be made for it.
     replaced = args.pretrained_vae_model_name_or_path is not None
-    vae_dtype = lcm_teacher.weight_dtype(accelerator) if replaced else torch.float32
-    vae = lcm_teacher.load_vae(args, accelerator, dtype=vae_dtype)
+    vae_dtype = weight_dtype(accelerator) if replaced else torch.float32
+    vae = load_vae(args, accelerator, dtype=vae_dtype)
     teacher, student, target = load_models(args, accelerator, encode_prompts)
-    lcm_training.enable_memory_savers(args, accelerator, student, others=[])
+    enable_memory_savers(args, accelerator, student, others=[])
 
     # Data, optimizer, checkpoints, pictures.
-    steps_per_epoch = lcm_training.set_length(args, accelerator.num_processes)
-    data = lcm_data.TrainingData(lcm_data.data_config(args, shards, accelerator), device)
+    steps_per_epoch = set_length(args, accelerator.num_processes)
+    data = TrainingData(data_config(args, shards, accelerator), device)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = lcm_training.make_optimizer(args, parameters, accelerator.num_processes)
-    lr_scheduler = lcm_training.make_lr_scheduler(args, optimizer)
+    optimizer = make_optimizer(args, parameters, accelerator.num_processes)
+    lr_scheduler = make_lr_scheduler(args, optimizer)
     student, optimizer = accelerator.prepare(student, optimizer)
     # Without the wrappers of DistributedDataParallel and torch.compile: the same weights under their plain names.
     unet = accelerator.unwrap_model(student, keep_torch_compile=False)
-    scheduler = lcm_schedulers.lcm_scheduler(schedule, args)
-    trained = lcm_lora.LoraModel(args, unet, scheduler)
-    trackers = lcm_trackers.Trackers(accelerator, args)
-    checkpoints = lcm_checkpoint.Checkpoints(
+    scheduler = lcm_scheduler(schedule, args)
+    trained = LoraModel(args, unet, scheduler)
+    trackers = Trackers(accelerator, args)
+    checkpoints = Checkpoints(
         accelerator, args, trackers, student, optimizer, lr_scheduler, trained, data
     )
-    validation = lcm_validation.Validation(
+    validation = Validation(
         accelerator,
         args,
         trackers,
@@ -133,25 +142,25 @@ def train(args):
         networks={"LoRA": target.active},
         teacher_guidance_scales=[default_guidance_scale(args)],  # what the LoRA learns, and is sampled without
     )
-    export = lcm_export.Export(accelerator, args, trackers, trained)
-    lcm_training.describe_run(args, accelerator, student, solver, data.config, steps_per_epoch)
+    export = Export(accelerator, args, trackers, trained)
+    describe_run(args, accelerator, student, solver, data.config, steps_per_epoch)
     step = checkpoints.resume()
     trackers.start(step)
     validation.draw_teacher(step)
-    progress = lcm_progress.Progress(accelerator, args, trackers, solver, step)
+    progress = Progress(accelerator, args, trackers, solver, step)
     forward_pass = step * args.gradient_accumulation_steps
-    weights = lcm_lora.adapter_parameters(unet, lcm_lora.TRAINED)
-    averaged = lcm_lora.adapter_parameters(unet, lcm_lora.EMA)
+    weights = adapter_parameters(unet, TRAINED)
+    averaged = adapter_parameters(unet, EMA)
 
     # Algorithm 1. B samples; latents z_* and outputs (B, C, h, w); n, t_nk, t_n, w are (B,).
     for batch in progress.timed(data) if step < args.max_train_steps else ():
         with accelerator.accumulate(student):
-            generator = lcm_training.step_generator(args.seed, accelerator.process_index, forward_pass, device)
+            generator = step_generator(args.seed, accelerator.process_index, forward_pass, device)
             forward_pass += 1
 
             with torch.no_grad():
                 # Sample (z, c), n ~ U[1, N - k], w ~ U[w_min, w_max].
-                z_0 = lcm_teacher.encode_pixels(vae, batch["pixels"], args.vae_encode_batch_size, generator)
+                z_0 = encode_pixels(vae, batch["pixels"], args.vae_encode_batch_size, generator)
                 cond, uncond = encode_prompts(batch)
                 n = torch.randint(solver.num_steps, (len(z_0),), generator=generator, device=device)
                 t_nk, t_n = solver.interval(n)
@@ -163,7 +172,7 @@ def train(args):
 
                 # z^_{t_n} = z_{t_{n+k}} + (1 + w) Psi(z, c) - w Psi(z, empty): one guided DDIM step of the teacher.
                 # Its conditional and unconditional passes are one batch of 2B.
-                both = lcm_teacher.join_conditioning(cond, uncond)
+                both = join_conditioning(cond, uncond)
                 with accelerator.autocast():
                     output = teacher(torch.cat([z_nk, z_nk]), torch.cat([t_nk, t_nk]), **both).sample
                 output = apply_guidance(*output.chunk(2), w)

@@ -35,7 +35,7 @@ def measure(ema_decay, dropout, steps):
     """(layers with an adapter, ms a step, ms a step with diffusers' methods)."""
     from diffusers import UNet2DConditionModel
 
-    from lcm.models import lora as lcm_lora
+    from lcm.models import lora
 
     args = SimpleNamespace(
         lora_rank=1, lora_alpha=1, lora_dropout=dropout, lora_target_modules=None, ema_decay=ema_decay,
@@ -43,9 +43,9 @@ def measure(ema_decay, dropout, steps):
     )  # fmt: skip
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SDXL).train()
-        lcm_lora.add_adapters(unet, args)
-    teacher = lcm_lora.AdapterView(unet, None)
-    target = lcm_lora.AdapterView(unet, lcm_lora.TRAINED if ema_decay is None else lcm_lora.EMA)
+        lora.add_adapters(unet, args)
+    teacher = lora.AdapterView(unet, None)
+    target = lora.AdapterView(unet, lora.TRAINED if ema_decay is None else lora.EMA)
 
     def with_views():
         with teacher.active():
@@ -58,11 +58,11 @@ def measure(ema_decay, dropout, steps):
         unet.disable_adapters()
         unet.enable_adapters()
         if ema_decay is not None:
-            unet.set_adapter(lcm_lora.EMA)
-            unet.set_adapter(lcm_lora.TRAINED)
+            unet.set_adapter(lora.EMA)
+            unet.set_adapter(lora.TRAINED)
         unet.train()
 
-    return len(lcm_lora.adapter_layers(unet)), median_ms(with_views, steps), median_ms(with_diffusers, steps)
+    return len(lora.adapter_layers(unet)), median_ms(with_views, steps), median_ms(with_diffusers, steps)
 
 
 def main():

@@ -14,7 +14,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lcm.data import loader as lcm_data
+from lcm.data import config as lcm_config
+from lcm.data import stream as lcm_stream
 
 CASES = {  # name: sizes of the shards, streams
     "3 equal shards, 4 streams": ([100] * 3, 4),
@@ -31,8 +32,8 @@ def samples(stream):
 
 def uses(sizes, num_streams, num_passes, shuffle_buffer_size):
     """Yield, after each of `num_passes` passes, a Counter of how often each sample was used."""
-    lcm_data.read_shard = lambda url, *_: ((int(url), i) for i in range(sizes[int(url)]))
-    config = lcm_data.DataConfig(
+    lcm_stream.read_shard = lambda url, *_: ((int(url), i) for i in range(sizes[int(url)]))
+    config = lcm_config.DataConfig(
         shards=tuple(map(str, range(len(sizes)))),
         batch_size=1,
         resolution=8,
@@ -40,7 +41,7 @@ def uses(sizes, num_streams, num_passes, shuffle_buffer_size):
         shuffle_buffer_size=shuffle_buffer_size,
         num_workers=num_streams,
     )
-    streams = [samples(lcm_data.Stream(config, index)) for index in range(num_streams)]
+    streams = [samples(lcm_stream.Stream(config, index)) for index in range(num_streams)]
     counts = Counter({(shard, i): 0 for shard, size in enumerate(sizes) for i in range(size)})
     turns = itertools.cycle(streams)
     for _ in range(num_passes):

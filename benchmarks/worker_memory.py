@@ -16,7 +16,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lcm.data import loader as lcm_data
+from lcm.data import config as lcm_config
+from lcm.data import loader
 
 
 def write_shard(path, count, size):
@@ -43,7 +44,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         shard = str(Path(folder, "large.tar"))
         write_shard(shard, 1100, args.picture_bytes)
-        config = lcm_data.DataConfig(
+        config = lcm_config.DataConfig(
             shards=(shard,) * 3,
             batch_size=8,
             resolution=64,
@@ -52,7 +53,7 @@ def main():
             num_workers=1,
             **bound,
         )
-        batches = iter(lcm_data.TrainingData(config))
+        batches = iter(loader.TrainingData(config))
         for _ in range(2 * args.shuffle_buffer_size // config.batch_size):
             next(batches)
         batches.close()

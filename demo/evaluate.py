@@ -22,10 +22,10 @@ from classifier import accuracy, features
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-from lcm.evaluation import candidates as lcm_sampling  # noqa: E402
-from lcm.evaluation import measures as lcm_metrics  # noqa: E402
-from lcm.options.groups import SCHEDULERS  # noqa: E402
-from lcm.pictures import samplers as lcm_schedulers  # noqa: E402
+from lcm.evaluation import features as lcm_features  # noqa: E402
+from lcm.evaluation import measures, sampling  # noqa: E402
+from lcm.options.choices import SCHEDULERS  # noqa: E402
+from lcm.pictures import samplers  # noqa: E402
 
 HELDOUT = HERE / "shards" / "heldout-00000.tar"
 
@@ -42,9 +42,9 @@ def sample(pipe, captions, num_inference_steps, guidance_scale, seed, batch_size
 
     Returns the pictures (N, 3, H, W), uint8, and the seconds per picture.
     """
-    noise = lcm_sampling.starting_noise(pipe, len(captions), seed)
+    noise = sampling.starting_noise(pipe, len(captions), seed)
     between_steps = torch.Generator().manual_seed(seed + 1)
-    return lcm_sampling.sample(
+    return sampling.sample(
         pipe, captions, noise, num_inference_steps, guidance_scale, between_steps, batch_size
     )
 
@@ -52,13 +52,13 @@ def sample(pipe, captions, num_inference_steps, guidance_scale, seed, batch_size
 @cache
 def heldout_features():
     """Return the classifier's features (M, 64) of the held-out pictures."""
-    batches = lcm_metrics.reference_pictures(str(HELDOUT), resolution=digits.SIZE, limit=None, batch_size=500)
+    batches = lcm_features.reference_pictures(str(HELDOUT), resolution=digits.SIZE, limit=None, batch_size=500)
     return torch.cat([features(batch) for batch in batches])
 
 
 def frechet_distance(images):
     """Return the Frechet distance of uint8 pictures (N, 3, 32, 32) to held-out ones, in the classifier's features."""
-    return lcm_metrics.frechet_distance(features(images), heldout_features())
+    return measures.frechet_distance(features(images), heldout_features())
 
 
 def load_pipeline(folder, unet=None, scheduler=None):
@@ -68,7 +68,7 @@ def load_pipeline(folder, unet=None, scheduler=None):
     parts = {"unet": diffusers.UNet2DConditionModel.from_pretrained(unet)} if unet else {}
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, **parts).to(torch.float32)
     if scheduler:
-        pipe.scheduler = lcm_schedulers.make_scheduler(scheduler, pipe.scheduler)
+        pipe.scheduler = samplers.make_scheduler(scheduler, pipe.scheduler)
     return pipe
 
 

@@ -189,7 +189,7 @@ def draw(captions, rows, path):
     """One picture: a column for each row of the table, a row for each of a few captions."""
     from PIL import Image
 
-    from lcm.pictures.validation import picture_grid
+    from lcm.pictures.grid import picture_grid
 
     chosen = [captions.index(caption) for caption in SHOWN]
     pictures = [[Image.fromarray(r["pictures"][i].permute(1, 2, 0).numpy()) for r in rows] for i in chosen]

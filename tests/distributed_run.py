@@ -19,10 +19,10 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lcm.data import loader as lcm_data
-from lcm.models import prompts as lcm_teacher
-from lcm.models import sharding as lcm_sharding
-from lcm.run import start as lcm_training
+from lcm.data import loader
+from lcm.models import sharding
+from lcm.models import vae as lcm_vae
+from lcm.run import optimizers, start
 
 # FSDP2 without GPUs.
 
@@ -45,7 +45,7 @@ def prepare_sharded(self, student, optimizer):
 
 def shard_target(accelerator, network):
     network = shard(network)
-    lcm_sharding.reshard_after_forward(network)
+    sharding.reshard_after_forward(network)
     return network
 
 
@@ -73,7 +73,7 @@ def halved(draw, size_at):
 
 def joint_batches(self):
     streams = [
-        self.single_iter(lcm_data.TrainingData(replace(self.config, batch_size=self.config.batch_size // 2,
+        self.single_iter(loader.TrainingData(replace(self.config, batch_size=self.config.batch_size // 2,
                                                        rank=rank, num_processes=2)))
         for rank in (0, 1)
     ]  # fmt: skip
@@ -85,19 +85,19 @@ def joint_batches(self):
 
 
 def be_two_processes():
-    one, encode = lcm_training.step_generator, lcm_teacher.encode_pixels
-    lcm_training.step_generator = lambda seed, rank, step, device: Pair(one(seed, r, step, device) for r in (0, 1))
-    lcm_teacher.encode_pixels = lambda vae, pixels, size, pair: torch.cat(
+    one, encode = start.step_generator, lcm_vae.encode_pixels
+    start.step_generator = lambda seed, rank, step, device: Pair(one(seed, r, step, device) for r in (0, 1))
+    lcm_vae.encode_pixels = lambda vae, pixels, size, pair: torch.cat(
         [encode(vae, part, size, one) for part, one in zip(pixels.chunk(2), pair, strict=True)]
     )
-    lcm_data.TrainingData.single_iter = staticmethod(lcm_data.TrainingData.__iter__)
-    lcm_data.TrainingData.__iter__ = joint_batches
+    loader.TrainingData.single_iter = staticmethod(loader.TrainingData.__iter__)
+    loader.TrainingData.__iter__ = joint_batches
     torch.randint = halved(torch.randint, 1)
     torch.randn, torch.rand = halved(torch.randn, 0), halved(torch.rand, 0)
 
 
 def record_gradients():
-    make = lcm_training.make_optimizer
+    make = optimizers.make_optimizer
 
     def recording(args, parameters, *more):
         optimizer = make(args, list(parameters), *more)
@@ -112,7 +112,7 @@ def record_gradients():
         optimizer.register_step_pre_hook(before_step)
         return optimizer
 
-    lcm_training.make_optimizer = recording
+    optimizers.make_optimizer = recording
 
 
 def check_that_ddp_is_gone():
@@ -130,7 +130,7 @@ if __name__ == "__main__":
     kind, script, *options = sys.argv[1:]
     if kind == "fsdp":
         Accelerator.prepare = prepare_sharded
-        lcm_sharding.shard_like_student = shard_target
+        sharding.shard_like_student = shard_target
     if kind == "joint":
         be_two_processes()
     record_gradients()

@@ -36,11 +36,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.gopen import Pipe, gopen_schemes
 
-from lcm.data import commands as lcm_pipe
-from lcm.data import loader as lcm_data
-from lcm.data import samples as lcm_samples
-from lcm.data.loader import DataConfig, TrainingData, expand_shards
-from lcm.options.groups import UserError
+from lcm.data import commands, loader, pictures, samples, tally
+from lcm.data import config as lcm_config
+from lcm.data import shards as lcm_shards
+from lcm.data import stream as lcm_stream
+from lcm.data.config import DataConfig
+from lcm.data.loader import TrainingData
+from lcm.data.shards import expand_shards
+from lcm.errors import UserError
 
 GREY = np.full((16, 16, 3), 128, np.uint8)
 PNG = encode_image(GREY)
@@ -408,7 +411,7 @@ def test_samples_without_a_score_pass_the_filter_and_are_counted(tmp_path, json)
         data = TrainingData(config(path, max_watermark_probability=limit))
         assert captions(take(data, 2)) == ["x", "y"] and not data.tally.skipped
         assert data.tally.unscored == counted
-    assert lcm_data.Tally(3, 2).as_scalars() == {"samples/used": 3, "samples/without_pwatermark": 2}
+    assert tally.Tally(3, 2).as_scalars() == {"samples/used": 3, "samples/without_pwatermark": 2}
 
 
 def test_sizes_come_from_the_json_or_from_the_picture(tmp_path):
@@ -428,7 +431,7 @@ def test_the_tally_of_several_passes(tmp_path):
     data = TrainingData(config(path, batch_size=2))
     take(data, 5)
     assert dict(data.tally.skipped) == {"no caption": 20, "picture unreadable": 10} and data.tally.used == 10
-    assert lcm_data.describe(data.tally.skipped) == "20 x no caption, 10 x picture unreadable"
+    assert tally.describe(data.tally.skipped) == "20 x no caption, 10 x picture unreadable"
 
 
 def test_a_problem_is_told_once_and_counted_ever_after(tmp_path, caplog):
@@ -508,7 +511,7 @@ def test_a_command_that_is_left_early_complains_to_nobody(tmp_path):
         warnings.simplefilter("error", pytest.PytestUnraisableExceptionWarning)
         for shard in (f"pipe:cat {path} || exit 1", f"pipe:dd if={path} bs=1k 2>&1 || exit 1"):
             assert captions(take(TrainingData(config(shard)), 1)) == ["0"]
-            reader = lcm_samples.read_shard(shard)
+            reader = lcm_shards.read_shard(shard)
             next(reader)
             reader.close()
             gc.collect()
@@ -581,7 +584,7 @@ def test_running_out_of_memory_is_no_unreadable_picture(tmp_path, monkeypatch):
     def transpose(image):
         raise MemoryError
 
-    monkeypatch.setattr(lcm_samples.ImageOps, "exif_transpose", transpose)
+    monkeypatch.setattr(pictures.ImageOps, "exif_transpose", transpose)
     path = shard_of(tmp_path / "a.tar", "a")
     for num_workers in (0, 2):
         with pytest.raises(UserError, match=r"^--shuffle_buffer_mb: out of memory .*--dataloader_num_workers"):
@@ -592,9 +595,9 @@ def test_an_error_in_our_own_code_is_no_unreadable_shard(tmp_path, monkeypatch):
     def max_size(name):
         raise KeyError("a mistake")
 
-    monkeypatch.setattr(lcm_samples, "max_size", max_size)
+    monkeypatch.setattr(lcm_shards, "max_size", max_size)
     with pytest.raises(KeyError, match="a mistake"):
-        list(lcm_samples.read_shard(shard_of(tmp_path / "a.tar", "a")))
+        list(lcm_shards.read_shard(shard_of(tmp_path / "a.tar", "a")))
 
 
 def kill_a_worker():
@@ -620,8 +623,8 @@ def test_a_data_worker_that_died_is_started_anew_at_its_place(messy_shards, capl
 
 
 def test_data_workers_that_die_again_and_again_are_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(lcm_samples, "transform", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    monkeypatch.setattr(lcm_data, "MAX_DEATHS_IN_A_ROW", 2)  # torch takes 5 s to see each
+    monkeypatch.setattr(samples, "transform", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(loader, "MAX_DEATHS_IN_A_ROW", 2)  # torch takes 5 s to see each
     data = TrainingData(config(shard_of(tmp_path / "a.tar", "a"), num_workers=1))
     with pytest.raises(UserError, match=r"^--dataloader_num_workers: data workers died 2 times in a row"):
         take(data, 1)
@@ -759,7 +762,7 @@ def test_samples_are_shuffled(clean_shards):
 
 def one_pass(stream_config, index):
     """The captions of a stream's first pass. Batches must be of one sample."""
-    items = iter(lcm_data.Stream(stream_config, index))
+    items = iter(lcm_stream.Stream(stream_config, index))
     mine = itertools.takewhile(lambda item: item.batch is not None and item.position.pass_index == 0, items)
     return [item.batch["captions"][0] for item in mine]
 
@@ -792,7 +795,7 @@ def uses(shards, num_streams, num_passes, **options):
     """How often each caption was used, over so many passes of `num_streams` processes that step together."""
     run = config(*shards, num_processes=num_streams, **options)
     ranks = [iter(TrainingData(replace(run, rank=rank))) for rank in range(num_streams)]
-    counts, total = Counter(), sum(1 for shard in set(shards) for _ in lcm_samples.read_shard(str(shard)))
+    counts, total = Counter(), sum(1 for shard in set(shards) for _ in lcm_shards.read_shard(str(shard)))
     for rank in itertools.islice(itertools.cycle(ranks), num_passes * total):
         counts.update(next(rank)["captions"])
     assert len(counts) == total or num_passes == 1
@@ -821,9 +824,9 @@ def test_all_samples_are_used_equally_often(tmp_path):
 def test_each_stream_uses_each_sample_once_a_cycle(monkeypatch, sizes, num_streams, block, cycles, more):
     """The law behind it: after as many passes as there are streams all samples were used exactly as often, and in
     between no two differ by more than the number of streams."""
-    monkeypatch.setattr(lcm_data, "read_shard", lambda url, _: ((url, i) for i in range(sizes[int(url)])))
+    monkeypatch.setattr(lcm_stream, "read_shard", lambda url, _: ((url, i) for i in range(sizes[int(url)])))
     run = config(*range(len(sizes)), num_processes=num_streams, shuffle_buffer_size=block)
-    streams = [lcm_data.Stream(replace(run, rank=rank), 0).shuffled() for rank in range(num_streams)]
+    streams = [lcm_stream.Stream(replace(run, rank=rank), 0).shuffled() for rank in range(num_streams)]
     streams = [(sample for *_, sample in stream if sample is not None) for stream in streams]
     counts = Counter({(str(shard), i): 0 for shard, size in enumerate(sizes) for i in range(size)})
     for stream in streams:
@@ -855,8 +858,8 @@ def test_one_block_and_no_more_is_held(monkeypatch):
             held.add(sample := Held(png=bytes(100), number=i))
             yield sample
 
-    monkeypatch.setattr(lcm_data, "read_shard", read)
-    stream = lcm_data.Stream(config("a", shuffle_buffer_size=100), 0).shuffled()
+    monkeypatch.setattr(lcm_stream, "read_shard", read)
+    stream = lcm_stream.Stream(config("a", shuffle_buffer_size=100), 0).shuffled()
     for _ in itertools.islice(stream, 1000):
         most = max(most, len(held))
     assert 100 <= most <= 103  # one is with the consumer, and one was just read
@@ -1061,9 +1064,9 @@ def test_a_resume_reads_one_block_again_and_nothing_else(clean_shards, monkeypat
     data = TrainingData(run)
     take(data, 9)  # 18 of 20 samples: in the middle of the last shard, which is the last block
     decoded, opened = [], []
-    decode, gopen = lcm_data.decode_sample, lcm_pipe.gopen
-    monkeypatch.setattr(lcm_data, "decode_sample", lambda *args: decoded.append(args) or decode(*args))
-    monkeypatch.setattr(lcm_pipe, "gopen", lambda url, *args: opened.append(url) or gopen(url, *args))
+    decode, gopen = lcm_stream.decode_sample, commands.gopen
+    monkeypatch.setattr(lcm_stream, "decode_sample", lambda *args: decoded.append(args) or decode(*args))
+    monkeypatch.setattr(commands, "gopen", lambda url, *args: opened.append(url) or gopen(url, *args))
     resumed = TrainingData(run)
     resumed.load_state_dict(data.state_dict())
     take(resumed, 1)
@@ -1138,7 +1141,7 @@ def test_every_option_reaches_the_config():
         "max_watermark_probability": 0.2, "shuffle_buffer_size": 9, "shuffle_buffer_mb": 3.5, "shard_timeout": 4.5,
     }  # fmt: skip
     args = SimpleNamespace(**named, train_batch_size=5, dataloader_num_workers=2, learning_rate=1)
-    made = lcm_data.data_config(args, ("a.tar",), SimpleNamespace(process_index=1, num_processes=3))
+    made = lcm_config.data_config(args, ("a.tar",), SimpleNamespace(process_index=1, num_processes=3))
     assert made == DataConfig(shards=("a.tar",), batch_size=5, num_workers=2, rank=1, num_processes=3, **named)
 
 

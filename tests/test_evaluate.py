@@ -30,9 +30,9 @@ from diffusers import (
 from PIL import Image
 
 import evaluate_lcm
-from lcm.evaluation import candidates as lcm_sampling
-from lcm.evaluation import measures as lcm_metrics
-from lcm.pictures.validation import picture_grid
+from lcm.evaluation import features as lcm_features
+from lcm.evaluation import measures, sampling
+from lcm.pictures.grid import picture_grid
 from lcm_common import guidance_embedding
 
 PROMPTS = ["a red three", "a blue two on a white background", "a green seven"]
@@ -95,7 +95,7 @@ def make_clip(folder):
     """A random CLIP model with tokenizer and picture processor, for pictures of 12 x 12 pixels."""
     from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-    from lcm.evaluation.measures import CLIPImageProcessorPil
+    from lcm.evaluation.features import CLIPImageProcessorPil
 
     torch.manual_seed(5)
     tokenizer = make_tokenizer()
@@ -142,7 +142,7 @@ def evaluate(home, tmp_path, capsys, caplog):
     }
 
     def call(on_gpu=False, **options):
-        drawn, sample = {}, lcm_sampling.sample
+        drawn, sample = {}, sampling.sample
 
         def watched(pipeline, prompts, noise, steps, scale, generator, batch_size, progress):
             images, seconds = sample(pipeline, prompts, noise, steps, scale, generator, batch_size, progress)
@@ -156,7 +156,7 @@ def evaluate(home, tmp_path, capsys, caplog):
         for name, value in {**usual, **options}.items():
             argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lcm_sampling, "sample", watched)
+            patch.setattr(sampling, "sample", watched)
             if not on_gpu:
                 patch.setattr(torch.cuda, "is_available", lambda: False)
             caplog.clear()
@@ -202,7 +202,7 @@ def draw(pipeline, one, steps, scale, seed=3):
     """The pictures (N, 3, H, W) of a pipeline, one by one, from the noise of a row that was drawn."""
     pictures = []
     for i, prompt in enumerate(one.prompts):
-        generator = lcm_sampling.picture_generators(len(one.prompts), seed)[i]
+        generator = sampling.picture_generators(len(one.prompts), seed)[i]
         image = pipeline(
             prompt, num_inference_steps=steps, guidance_scale=scale, latents=one.noise[i : i + 1], generator=generator,
             height=16, width=16, output_type="np",
@@ -368,7 +368,7 @@ def test_noise_is_a_function_of_seed_and_number(evaluate, home):
         assert one.prompts == [*PROMPTS, PROMPTS[0]]
     other = evaluate(trained=trained, seed=4)
     assert difference(run.drawn["sd, 2 steps"].images, other.drawn["sd, 2 steps"].images) > 1
-    states = [generator.initial_seed() for seed in (3, 4) for generator in lcm_sampling.picture_generators(50, seed)]
+    states = [generator.initial_seed() for seed in (3, 4) for generator in sampling.picture_generators(50, seed)]
     assert len(set(states)) == 100
 
 
@@ -437,8 +437,8 @@ def test_frechet_distance_is_scipys():
     torch.manual_seed(0)
     features, others = torch.randn(300, 8) @ torch.randn(8, 8), 1 + 2 * torch.randn(400, 8)
     expected = frechet(features, others)
-    assert lcm_metrics.frechet_distance(features, others) == pytest.approx(expected, rel=1e-5)
-    assert lcm_metrics.frechet_distance(others, features) == pytest.approx(expected, rel=1e-5)
+    assert measures.frechet_distance(features, others) == pytest.approx(expected, rel=1e-5)
+    assert measures.frechet_distance(others, features) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.fixture(scope="session")
@@ -491,7 +491,7 @@ def test_inception_is_torchmetrics(monkeypatch):
             self.inception = torch.nn.Flatten()
 
     monkeypatch.setattr(torchmetrics.image.fid, "FrechetInceptionDistance", Metric)
-    network = lcm_metrics.load_feature_network("inception", None, torch.device("cpu"))
+    network = lcm_features.load_feature_network("inception", None, torch.device("cpu"))
     assert network(torch.zeros(2, 3, 4, 4)).shape == (2, 48) and asked == [2048]
 
 
@@ -669,7 +669,7 @@ def test_out_of_memory_names_the_batch_size(error, monkeypatch):
     def sample(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nAnd more")
 
-    monkeypatch.setattr(lcm_sampling, "sample", sample)
+    monkeypatch.setattr(sampling, "sample", sample)
     assert error() == ("--batch_size: 3 given, but CUDA out of memory. Tried to allocate 3 GiB.", 1)
 
 

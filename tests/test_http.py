@@ -9,7 +9,7 @@ from conftest import write_shards
 
 from lcm.data import http as lcm_http
 from lcm.data.http import HttpFile
-from lcm.data.samples import Problem, read_shard
+from lcm.data.shards import Problem, read_shard
 
 CONTENT = bytes(range(256)) * 4000  # 1 MB
 

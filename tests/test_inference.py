@@ -21,8 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lcm.models import lora as lcm_lora
-from lcm.models.prompts import DTYPE
-from lcm.results import finish as lcm_export
+from lcm.models import lora_files, networks
+from lcm.models.loading import DTYPE
 
 DOCUMENT = (ROOT / "docs" / "inference.md").read_text()
 ON_CPU = [('"cuda"', '"cpu"'), ("torch.float16", "torch.float32")]
@@ -142,7 +142,7 @@ def train(name, home, shards, patch):
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     script, base, more = RUNS[name]
-    kind = lcm_lora.LoraModel if "lora" in script else lcm_export.FullModel
+    kind = networks.LoraModel if "lora" in script else networks.FullModel
     export, exported = kind.export, []
 
     def export_and_keep(self, folder):
@@ -388,7 +388,7 @@ def test_loaded_weights_are_the_trained_ones(home, name):
     if name.startswith("lcm-lora"):
         config = trained.unet.peft_config[trained.exported]
         assert (config.r, config.lora_alpha) == (4, 8) and "conv1" in config.target_modules
-        weights = lcm_lora.adapter_weights(trained.unet, trained.exported)
+        weights = lora_files.adapter_weights(trained.unet, trained.exported)
         assert min(tensor.abs().max() for key, tensor in weights.items() if "lora_B" in key) > 1e-4
         with lcm_lora.AdapterView(trained.unet, trained.exported).active() as unet:
             assert torch.equal(loaded, latents(variables, unet))
@@ -398,11 +398,11 @@ def test_loaded_weights_are_the_trained_ones(home, name):
 
 def rewrite_lora(source, target, change):
     """Copy a folder's LoRA for diffusers and its metadata; `change` maps each (key, tensor) to another."""
-    path = source / lcm_lora.DIFFUSERS_FILE
+    path = source / lora_files.DIFFUSERS_FILE
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors = dict(change(key, tensor) for key, tensor in load_file(path).items())
-    save_file(tensors, target / lcm_lora.DIFFUSERS_FILE, metadata)
+    save_file(tensors, target / lora_files.DIFFUSERS_FILE, metadata)
 
 
 @pytest.mark.parametrize("name", ["lcm-lora-sd15", "lcm-lora-sdxl"])
@@ -428,7 +428,7 @@ def test_last_checkpoint_is_the_output(home, name, checkpoint):
     last = home.draw(checkpoint, ("checkpoint-500", "checkpoint-4"))
     assert difference(last, home.draw(heading, *changes)) <= 1
     assert not list((home.path / name / "checkpoint-4").rglob("*fp16*"))
-    assert not list((home.path / name / "checkpoint-4").rglob(lcm_lora.KOHYA_FILE))
+    assert not list((home.path / name / "checkpoint-4").rglob(lora_files.KOHYA_FILE))
 
 
 def test_hub_layout_gives_the_picture_of_the_output(home):

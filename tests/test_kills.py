@@ -12,8 +12,8 @@ import sys
 import torch
 from conftest import EVERYTHING_AT_RANDOM
 
-from lcm.models import prompts as lcm_teacher
-from lcm.run import progress as lcm_progress
+from lcm.models import unet as lcm_unet
+from lcm.run import progress
 
 KILL_MOMENTS = int(os.environ.get("KILL_MOMENTS", "8"))
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
@@ -73,9 +73,9 @@ def lead_a_dangerous_life(folder, log, kill_at):
 
         setattr(owner, name, wrapped)
 
-    wrap(lcm_teacher, "load_unet")
-    wrap(lcm_progress.Progress, "add_losses")
-    wrap(lcm_progress.Progress, "check")
+    wrap(lcm_unet, "load_unet")
+    wrap(progress.Progress, "add_losses")
+    wrap(progress.Progress, "check")
     sys.addaudithook(on_event)
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks.estimate import SD, SDXL
-from lcm.models import lora as lcm_lora
+from lcm.models import lora, lora_files
 from lcm.models.lora import EMA, TRAINED, AdapterView
 from lcm_common import update_ema
 
@@ -32,7 +32,7 @@ def options(**more):
 def randomise(unet, adapter=TRAINED, seed=1):
     """Give an adapter's B, which starts at zero, values that show."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in lcm_lora.adapter_parameters(unet, adapter).items():
+    for name, parameter in lora.adapter_parameters(unet, adapter).items():
         if ".lora_B." in name:
             parameter.data.normal_(std=0.2, generator=generator)
 
@@ -42,7 +42,7 @@ def student_unet(**more):
     torch.manual_seed(0)
     base = make_unet()
     unet = copy.deepcopy(base).train()
-    lcm_lora.add_adapters(unet, options(**more))
+    lora.add_adapters(unet, options(**more))
     randomise(unet)
     return unet, base.eval().requires_grad_(False)
 
@@ -68,10 +68,10 @@ def test_a_new_adapter_is_the_teacher(inputs):
     for unet, global_seed, seed in ((first, 1, 0), (second, 2, 0), (other, 1, 5)):
         torch.manual_seed(global_seed)
         state = torch.get_rng_state()
-        lcm_lora.add_adapters(unet, options(seed=seed))
+        lora.add_adapters(unet, options(seed=seed))
         assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first(*inputs).sample, base(*inputs).sample)
-    weights, same, different = (lcm_lora.adapter_weights(unet, TRAINED) for unet in (first, second, other))
+    weights, same, different = (lora_files.adapter_weights(unet, TRAINED) for unet in (first, second, other))
     assert all(torch.equal(weights[name], same[name]) for name in weights)
     assert not all(torch.equal(weights[name], different[name]) for name in weights)
 
@@ -101,7 +101,7 @@ def test_a_view_leaves_the_student_as_it_was(inputs, adapter, fails):
     view = AdapterView(unet, adapter)
 
     def state():
-        layers = lcm_lora.adapter_layers(unet)
+        layers = lora.adapter_layers(unet)
         torch.manual_seed(0)
         return (
             [module.training for module in unet.modules()],
@@ -190,7 +190,7 @@ def test_dropout_left_off_at_the_backward_pass_would_show(inputs):
 
 def test_moving_average_is_a_second_adapter(inputs):
     unet, base = student_unet(ema_decay=0.9)
-    student, average = (lcm_lora.adapter_parameters(unet, name) for name in (TRAINED, EMA))
+    student, average = (lora.adapter_parameters(unet, name) for name in (TRAINED, EMA))
     assert student.keys() == average.keys() and len(student) > 50
     assert torch.equal(AdapterView(unet, EMA)(*inputs).sample, base(*inputs).sample)  # it starts as the student did
     update_ema(average, student, 0.0)
@@ -200,7 +200,7 @@ def test_moving_average_is_a_second_adapter(inputs):
 
 def test_base_in_half_precision_adapters_in_float32():
     unet = make_unet().to(torch.bfloat16)
-    lcm_lora.add_adapters(unet, options(ema_decay=0.9))
+    lora.add_adapters(unet, options(ema_decay=0.9))
     for name, parameter in unet.named_parameters():
         is_adapter = ".lora_" in name
         assert parameter.dtype == (torch.float32 if is_adapter else torch.bfloat16), name
@@ -212,19 +212,19 @@ def test_base_in_half_precision_adapters_in_float32():
 
 def test_round_trip(tmp_path):
     unet, base = student_unet()
-    lcm_lora.save_for_diffusers(unet, TRAINED, tmp_path)
+    lora_files.save_for_diffusers(unet, TRAINED, tmp_path)
     again = copy.deepcopy(base)
-    lcm_lora.add_adapters(again, options(seed=9))
-    lcm_lora.load_adapter(again, TRAINED, tmp_path)
-    saved, loaded = (lcm_lora.adapter_weights(network, TRAINED) for network in (unet, again))
+    lora.add_adapters(again, options(seed=9))
+    lora_files.load_adapter(again, TRAINED, tmp_path)
+    saved, loaded = (lora_files.adapter_weights(network, TRAINED) for network in (unet, again))
     assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
 
 
 @pytest.mark.parametrize("change", ["missing", "foreign", "shape"])
 def test_a_file_that_does_not_fit_is_refused(tmp_path, change):
     unet, _ = student_unet()
-    lcm_lora.save_for_diffusers(unet, TRAINED, tmp_path)
-    path = tmp_path / lcm_lora.DIFFUSERS_FILE
+    lora_files.save_for_diffusers(unet, TRAINED, tmp_path)
+    path = tmp_path / lora_files.DIFFUSERS_FILE
     weights = load_file(path)
     name = next(iter(weights))
     if change == "missing":
@@ -235,19 +235,19 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, change):
         weights[name] = torch.zeros(3, 3)
     save_file(weights, path)
     with pytest.raises((ValueError, RuntimeError)):
-        lcm_lora.load_adapter(unet, TRAINED, tmp_path)
+        lora_files.load_adapter(unet, TRAINED, tmp_path)
 
 
 def test_metadata_of_both_files(tmp_path):
     """Rank and alpha are in the metadata of one and in tensors of the other; the options need not be known."""
     unet, _ = student_unet(lora_dropout=0.1)
-    lcm_lora.save_for_diffusers(unet, TRAINED, tmp_path)
-    lcm_lora.save_for_kohya(unet, TRAINED, tmp_path / "kohya.safetensors")
-    assert not [name for name in load_file(tmp_path / lcm_lora.DIFFUSERS_FILE) if "alpha" in name]
-    with safe_open(tmp_path / lcm_lora.DIFFUSERS_FILE, "pt") as file:
+    lora_files.save_for_diffusers(unet, TRAINED, tmp_path)
+    lora_files.save_for_kohya(unet, TRAINED, tmp_path / "kohya.safetensors")
+    assert not [name for name in load_file(tmp_path / lora_files.DIFFUSERS_FILE) if "alpha" in name]
+    with safe_open(tmp_path / lora_files.DIFFUSERS_FILE, "pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (metadata["unet.r"], metadata["unet.lora_alpha"]) == (4, 8)
-    assert metadata["unet.target_modules"] == sorted(lcm_lora.DEFAULT_TARGETS)
+    assert metadata["unet.target_modules"] == sorted(lora.DEFAULT_TARGETS)
     with safe_open(tmp_path / "kohya.safetensors", "pt") as file:
         assert (file.metadata()["ss_network_dim"], file.metadata()["ss_network_alpha"]) == ("4", "8")
     kohya = load_file(tmp_path / "kohya.safetensors")
@@ -260,9 +260,9 @@ def test_diffusers_takes_the_first_file_of_the_two(tmp_path):
     from diffusers.loaders.lora_base import _best_guess_weight_name
 
     unet, _ = student_unet()
-    lcm_lora.save_for_diffusers(unet, TRAINED, tmp_path)
-    lcm_lora.save_for_kohya(unet, TRAINED, tmp_path / lcm_lora.KOHYA_FILE)
-    assert _best_guess_weight_name(str(tmp_path)) == lcm_lora.DIFFUSERS_FILE
+    lora_files.save_for_diffusers(unet, TRAINED, tmp_path)
+    lora_files.save_for_kohya(unet, TRAINED, tmp_path / lora_files.KOHYA_FILE)
+    assert _best_guess_weight_name(str(tmp_path)) == lora_files.DIFFUSERS_FILE
 
 
 # Layers that ComfyUI's `unet_to_diffusers` (comfy/utils.py, read 2026-11-21) has names for, those of the blocks.
@@ -287,7 +287,7 @@ def test_kohya_names_are_those_of_comfyui(config):
             for name, layer in unet.named_modules()
             if "block" in name and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
         }
-        lcm_lora.add_adapters(unet, options(lora_rank=1))
+        lora.add_adapters(unet, options(lora_rank=1))
     names = get_peft_model_state_dict(unet, adapter_name=TRAINED)
     kohya = convert_state_dict_to_kohya({f"unet.{name}": torch.zeros(1) for name in names})
     assert [name for name in kohya if not COMFYUI.fullmatch(name)] == []

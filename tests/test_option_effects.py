@@ -41,11 +41,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import lcm_common
-from lcm.data import loader as lcm_data
-from lcm.data.samples import read_shard
-from lcm.pictures import validation as lcm_validation
-from lcm.run import progress as lcm_progress
-from lcm.run import start as lcm_training
+from lcm.data import loader, stream
+from lcm.data.shards import read_shard
+from lcm.pictures import validation
+from lcm.run import optimizers, progress
 
 FULL, LORA = ("sd", "sdxl"), ("lora_sd", "lora_sdxl")
 ALL = FULL + LORA
@@ -262,15 +261,15 @@ def watch(patch, run):
     wrap(UNet2DConditionModel, "forward", unet)
     wrap(AutoencoderKL, "encode", encode)
     wrap(AutoencoderKL, "decode", decode)
-    wrap(lcm_validation.Validation, "run", draw)
-    wrap(lcm_validation.Validation, "draw_teacher", draw)
-    wrap(lcm_data.TrainingData, "__iter__", batches)
-    wrap(lcm_data, "decode_sample", sample)
+    wrap(validation.Validation, "run", draw)
+    wrap(validation.Validation, "draw_teacher", draw)
+    wrap(loader.TrainingData, "__iter__", batches)
+    wrap(stream, "decode_sample", sample)
     wrap(torch.utils.checkpoint, "checkpoint", recompute)
     wrap(lcm_common, "apply_guidance", guidance)
     wrap(lcm_common, "consistency_loss", loss)
-    wrap(lcm_training, "make_optimizer", optimizer)
-    wrap(lcm_progress.Progress, "step", step)
+    wrap(optimizers, "make_optimizer", optimizer)
+    wrap(progress.Progress, "step", step)
 
 
 def watched_run(script, options, folder, env=()):
@@ -784,7 +783,7 @@ def test_shuffling(run, tmp_path):
 def test_shuffling_within_a_bound_of_memory(run, tmp_path):
     shard = write_shards(tmp_path, num_shards=1)
     samples = list(read_shard(shard.replace("{00000..00000}", "00000")))
-    five = sum(lcm_data.num_bytes(sample) for sample in samples[:5]) / 1e6
+    five = sum(stream.num_bytes(sample) for sample in samples[:5]) / 1e6
     done = run(f"--shuffle_buffer_mb={five}", "--shuffle_buffer_size=10", "--train_batch_size=5", shards=shard)
     halves = [int(caption.split()[-1]) for caption in done.captions]
     assert sorted(halves[:5]) == list(range(5)) and halves != list(range(10))

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from conftest import ROOT, SCRIPTS, Script
 
 import lcm_common
-from lcm.data import loader as lcm_data
-from lcm.pictures import validation as lcm_validation
-from lcm.run import checkpoints as lcm_checkpoint
-from lcm.run import progress as lcm_progress
+from lcm.data import loader
+from lcm.pictures import validation
+from lcm.results import metrics
+from lcm.run import checkpoints, progress
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def rows_of(folder):
 def test_metrics_are_means_over_the_window(script, tmp_path, monkeypatch):
     """Of all forward passes since the last row: of the losses, together and by timestep, and the gradients' norms."""
     passes, norms = [], []
-    add_losses, clip = lcm_progress.Progress.add_losses, Accelerator.clip_grad_norm_
+    add_losses, clip = progress.Progress.add_losses, Accelerator.clip_grad_norm_
 
     def recording(self, losses, t):
         passes.append((losses.tolist(), t.tolist()))
@@ -38,7 +38,7 @@ def test_metrics_are_means_over_the_window(script, tmp_path, monkeypatch):
         norms.append(clip(self, *args))
         return norms[-1]
 
-    monkeypatch.setattr(lcm_progress.Progress, "add_losses", recording)
+    monkeypatch.setattr(progress.Progress, "add_losses", recording)
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", clipping)
     more = ["--logging_steps=2", "--max_train_steps=5", "--gradient_accumulation_steps=3", "--lr_scheduler=linear"]
     script.main(tmp_path, *more, "--lr_warmup_steps=0", "--train_batch_size=4")
@@ -124,8 +124,8 @@ def test_a_foreign_file_of_metrics_is_set_aside(sd, tmp_path, capfd):
 def test_pictures_and_checkpoints_are_not_in_the_memory_of_steps(sd, tmp_path, monkeypatch):
     """On an allocator whose peak is 10 bytes in a step, more in step 3, and 1000 in pictures and checkpoints."""
     peak = [0]
-    monkeypatch.setattr(lcm_progress, "peak_memory", lambda device: peak[0])
-    monkeypatch.setattr(lcm_progress, "reset_peak_memory", lambda device: peak.__setitem__(0, 0))
+    monkeypatch.setattr(progress, "peak_memory", lambda device: peak[0])
+    monkeypatch.setattr(progress, "reset_peak_memory", lambda device: peak.__setitem__(0, 0))
 
     def raising(original, amount):
         def call(self, *args):
@@ -136,10 +136,10 @@ def test_pictures_and_checkpoints_are_not_in_the_memory_of_steps(sd, tmp_path, m
 
     steps = []
     for owner, name, amount in (
-        (lcm_validation.Validation, "draw_teacher", lambda: 1000),
-        (lcm_validation.Validation, "run", lambda: 1000),
-        (lcm_checkpoint.Checkpoints, "save", lambda: 1000),
-        (lcm_progress.Progress, "add_losses", lambda: 20 if steps.append(1) or len(steps) == 3 else 10),
+        (validation.Validation, "draw_teacher", lambda: 1000),
+        (validation.Validation, "run", lambda: 1000),
+        (checkpoints.Checkpoints, "save", lambda: 1000),
+        (progress.Progress, "add_losses", lambda: 20 if steps.append(1) or len(steps) == 3 else 10),
     ):
         monkeypatch.setattr(owner, name, raising(getattr(owner, name), amount))
     more = ["--max_train_steps=6", "--logging_steps=2", "--validation_steps=1", "--checkpointing_steps=3"]
@@ -151,16 +151,16 @@ def test_pictures_and_checkpoints_are_not_in_the_memory_of_steps(sd, tmp_path, m
 def test_the_peak_of_a_gpu_can_be_measured_again():
     device = torch.device("cuda")
     torch.zeros(2**24, device=device)
-    lcm_progress.reset_peak_memory(device)
-    assert lcm_progress.peak_memory(device) < 2**26 <= torch.zeros(2**24, device=device).nbytes
-    assert lcm_progress.peak_memory(device) >= 2**26
+    progress.reset_peak_memory(device)
+    assert progress.peak_memory(device) < 2**26 <= torch.zeros(2**24, device=device).nbytes
+    assert progress.peak_memory(device) >= 2**26
 
 
 def test_waiting_for_data_is_measured(sd, tmp_path, monkeypatch):
     """By a clock that only data and forward passes move: 3 seconds for a batch, 1 for what is done with it."""
     clock = [0.0]
-    monkeypatch.setattr(lcm_progress.time, "perf_counter", lambda: clock[0])
-    batches, add_losses = lcm_data.TrainingData.__iter__, lcm_progress.Progress.add_losses
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    batches, add_losses = loader.TrainingData.__iter__, progress.Progress.add_losses
 
     def slow_batches(self):
         for batch in batches(self):
@@ -171,8 +171,8 @@ def test_waiting_for_data_is_measured(sd, tmp_path, monkeypatch):
         clock[0] += 1
         add_losses(self, *args)
 
-    monkeypatch.setattr(lcm_data.TrainingData, "__iter__", slow_batches)
-    monkeypatch.setattr(lcm_progress.Progress, "add_losses", slow_losses)
+    monkeypatch.setattr(loader.TrainingData, "__iter__", slow_batches)
+    monkeypatch.setattr(progress.Progress, "add_losses", slow_losses)
     sd.main(tmp_path, "--gradient_accumulation_steps=2", "--logging_steps=2")
     assert [row["data_wait"] for row in rows_of(tmp_path)] == [0.75, 0.75]
     assert [row["images_per_second"] for row in rows_of(tmp_path)] == [0.5, 0.5]  # 4 samples in 8 s
@@ -195,7 +195,7 @@ def test_one_line_waits_for_the_device_once_per_optimizer_step(script, tmp_path,
 
     names = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
     watchers = {name: watch(name) for name in names}
-    start, close = lcm_progress.Progress.__init__, lcm_progress.Progress.close
+    start, close = progress.Progress.__init__, progress.Progress.close
 
     def started(self, *args):
         start(self, *args)
@@ -208,8 +208,8 @@ def test_one_line_waits_for_the_device_once_per_optimizer_step(script, tmp_path,
         return close(self)
 
     originals = {name: getattr(torch.Tensor, name) for name in watchers}
-    monkeypatch.setattr(lcm_progress.Progress, "__init__", started)
-    monkeypatch.setattr(lcm_progress.Progress, "close", closed)
+    monkeypatch.setattr(progress.Progress, "__init__", started)
+    monkeypatch.setattr(progress.Progress, "close", closed)
     monkeypatch.setattr("lcm.pictures.validation.Validation.run", lambda self, step: None)
     script.main(tmp_path, "--gradient_accumulation_steps=2", "--max_train_steps=3")
     assert readers == [("progress.py", "check")] * 3
@@ -235,7 +235,7 @@ def test_a_full_disk_costs_metrics_only(sd, tmp_path, monkeypatch, capfd):
             raise OSError(28, "No space left on device")
         return open(path, mode, **more)
 
-    monkeypatch.setattr(lcm_progress, "open", full, raising=False)
+    monkeypatch.setattr(metrics, "open", full, raising=False)
     sd.main(tmp_path)
     assert capfd.readouterr().err.count("Metrics are not written") == 1
     assert (tmp_path / "unet_target").is_dir() and rows_of(tmp_path) == []

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import evaluate_lcm
-from lcm.models import lora as lcm_lora
-from lcm.results import card as lcm_report
-from lcm.results import finish as lcm_export
+from lcm.models import networks
+from lcm.pictures import validation
+from lcm.results import card as lcm_card
+from lcm.results import curves, finish
 
 
 def pictures_of(folder):
@@ -30,13 +31,12 @@ def test_the_card_shows_pictures_and_curves(script, tmp_path):
 
 def test_a_card_without_pictures(teacher, shards, tmp_path, monkeypatch, capfd):
     """What could not be drawn is not shown, and costs nothing else."""
-    from lcm.pictures import validation as lcm_validation
 
     def broken(*args):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(lcm_validation.Validation, "show", broken)
-    monkeypatch.setattr(lcm_export, "draw_curves", broken)
+    monkeypatch.setattr(validation.Validation, "show", broken)
+    monkeypatch.setattr(finish, "draw_curves", broken)
     script = Script("lora_sd", teacher, shards, SCRIPTS["lora_sd"])
     script.main(tmp_path)
     assert pictures_of(tmp_path) == []
@@ -48,7 +48,7 @@ def drawn_lines(rows, tmp_path, monkeypatch):
     """{title of a panel: [(x, y) of each solid line]} as matplotlib was given them."""
     figures = []
     monkeypatch.setattr(matplotlib.figure, "Figure", lambda **more: figures.append(Figure(**more)) or figures[-1])
-    lcm_report.draw_curves(rows, tmp_path / "training.png")
+    curves.draw_curves(rows, tmp_path / "training.png")
     return {
         axes.get_title(): [
             (line.get_label(), list(line.get_xdata()), list(line.get_ydata()))
@@ -85,10 +85,10 @@ def test_curves_of_one_row(tmp_path, monkeypatch):
 def test_a_running_mean_keeps_length_and_level():
     rng = np.random.default_rng(0)
     for count in (1, 2, 19, 20, 41, 1000):
-        assert np.allclose(lcm_report.smooth([3.0] * count), 3.0) and len(lcm_report.smooth([3.0] * count)) == count
+        assert np.allclose(curves.smooth([3.0] * count), 3.0) and len(curves.smooth([3.0] * count)) == count
     noise = rng.normal(size=1000)
-    assert lcm_report.smooth(noise).std() < 0.3 * noise.std()
-    assert np.allclose(lcm_report.smooth(np.arange(100.0))[10:-10], np.arange(100.0)[10:-10], atol=0.6)
+    assert curves.smooth(noise).std() < 0.3 * noise.std()
+    assert np.allclose(curves.smooth(np.arange(100.0))[10:-10], np.arange(100.0)[10:-10], atol=0.6)
 
 
 def test_a_readme_that_is_not_ours_stays(teacher, shards, tmp_path, monkeypatch, capfd):
@@ -114,12 +114,12 @@ def test_names_of_reports(tmp_path):
     """The first that is free or holds a report of the same kind: an evaluation does not replace a model card."""
     names = []
     for kind in ("model_card", "evaluation", "model_card", "evaluation"):
-        names.append(lcm_report.report_name(tmp_path, kind))
-        (tmp_path / names[-1]).write_text(f"a report\n\n{lcm_report.mark(kind)}\n")
+        names.append(lcm_card.report_name(tmp_path, kind))
+        (tmp_path / names[-1]).write_text(f"a report\n\n{lcm_card.mark(kind)}\n")
     assert names == ["README.md", "evaluation.md"] * 2
     (tmp_path / "README.md").write_bytes(b"\xff\xfe")
     (tmp_path / "model_card.md").mkdir()
-    assert lcm_report.report_name(tmp_path, "model_card") == "model_card-2.md"
+    assert lcm_card.report_name(tmp_path, "model_card") == "model_card-2.md"
 
 
 def test_an_evaluation_leaves_a_readme_that_is_not_its_own(tmp_path, capfd):
@@ -156,10 +156,10 @@ def test_code_for_a_machine(device, on_hub):
     args = SimpleNamespace(
         w_min=2, w_max=5, ema_decay=None, num_ddim_timesteps=50, validation_prompts=['a "quoted" one']
     )
-    full = lcm_export.FullModel(args, {}, "unet_target", None)
-    lora = lcm_lora.LoraModel(args, None, None)
+    full = networks.FullModel(args, {}, "unet_target", None)
+    lora = networks.LoraModel(args, None, None)
     for trained in (full, lora):
-        code = trained.usage_code("some/teacher", "some/where", on_hub, lcm_report.Machine(device))
+        code = trained.usage_code("some/teacher", "some/where", on_hub, lcm_card.Machine(device))
         compile(code, "printed", "exec")
         lines = "".join(line for line in code.splitlines() if not line.startswith("#"))
         assert (f'.to("{device}")' in lines and "float16" in lines) == (device != "cpu")
@@ -183,5 +183,5 @@ def test_the_name_of_a_local_teacher(tmp_path, monkeypatch, folder, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / folder).mkdir(parents=True)
     for given in (folder, f"./{folder}", str(tmp_path / folder)):
-        assert lcm_report.teacher_name(SimpleNamespace(pretrained_teacher_model=given)) == name
-    assert lcm_report.teacher_name(SimpleNamespace(pretrained_teacher_model="user/teacher")) == "user/teacher"
+        assert lcm_card.teacher_name(SimpleNamespace(pretrained_teacher_model=given)) == name
+    assert lcm_card.teacher_name(SimpleNamespace(pretrained_teacher_model="user/teacher")) == "user/teacher"

@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import SCRIPTS, common_options
 
-from lcm.options.groups import UserError, public_options
-from lcm.run import checkpoints as lcm_checkpoint
+from lcm.errors import UserError
+from lcm.options.secrets import public_options
+from lcm.run import checkpoints
 
 CHANGED = "--resume_with_changed_options"
 REFUSED, WARNED, SILENT = "refused", "warned", "silent"
@@ -119,15 +120,15 @@ def test_what_may_differ(name, saved, change, given, happens, says, tmp_path, ca
     if change:
         change(state)
     (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-2" / lcm_checkpoint.STATE_FILE).write_text(json.dumps(state))
+    (tmp_path / "checkpoint-2" / checkpoints.STATE_FILE).write_text(json.dumps(state))
     args = parsed(name, tmp_path, *given, "--resume_from_checkpoint=latest")
     if happens == REFUSED:
         with pytest.raises(UserError) as error:
-            lcm_checkpoint.check_resume(args, 1)
+            checkpoints.check_resume(args, 1)
         assert says in str(error.value) and str(error.value).startswith("--")
         assert caplog.messages == []
     else:
-        lcm_checkpoint.check_resume(args, 1)
+        checkpoints.check_resume(args, 1)
         assert len(caplog.messages) == (happens == WARNED)
         assert all(says in message for message in caplog.messages)
 
@@ -136,11 +137,11 @@ def test_each_difference_is_a_warning_of_its_own(tmp_path, caplog):
     args = parsed("sd", tmp_path)
     state = {"step": 2, "script": args.script, "options": public_options(args), "data": [{}] * 3, "lr_scheduler": {}}
     (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-2" / lcm_checkpoint.STATE_FILE).write_text(json.dumps(state))
+    (tmp_path / "checkpoint-2" / checkpoints.STATE_FILE).write_text(json.dumps(state))
     given = ["--w_max=9", "--seed=4", "--resume_from_checkpoint=latest"]
     with pytest.raises(UserError):
-        lcm_checkpoint.check_resume(parsed("sd", tmp_path, *given), 1)
-    lcm_checkpoint.check_resume(parsed("sd", tmp_path, *given, CHANGED), 1)
+        checkpoints.check_resume(parsed("sd", tmp_path, *given), 1)
+    checkpoints.check_resume(parsed("sd", tmp_path, *given, CHANGED), 1)
     assert [message.partition(":")[0] for message in caplog.messages] == [
         "--seed", "--w_max", "--resume_from_checkpoint"
     ]  # fmt: skip
@@ -161,7 +162,7 @@ def unbroken(script, tmp_path_factory):
 def from_step_2(unbroken, folder):
     """A folder with that checkpoint alone, and its state's path."""
     shutil.copytree(unbroken / "checkpoint-2", folder / "checkpoint-2")
-    return folder / "checkpoint-2" / lcm_checkpoint.STATE_FILE
+    return folder / "checkpoint-2" / checkpoints.STATE_FILE
 
 
 def resumed(script, folder, *more):
@@ -180,14 +181,14 @@ def test_a_checkpoint_of_another_version_is_gone_on_from_exactly(script, unbroke
     path = from_step_2(unbroken, tmp_path)
     state = json.loads(path.read_text())
     args = script.module.parse_args(script.options(tmp_path))
-    telltales = set(lcm_checkpoint.TELLTALES)
+    telltales = set(checkpoints.TELLTALES)
     state["options"] = {k: v for k, v in state["options"].items() if k not in args.left_at_default - telltales}
     assert len(state["options"]) < 20
     state["options"]["no_longer_there"] = 0.5
     del state["script"]
     path.write_text(json.dumps(state))
     assert_same(resumed(script, tmp_path), script.weights(unbroken))
-    saved = json.loads((tmp_path / "checkpoint-4" / lcm_checkpoint.STATE_FILE).read_text())
+    saved = json.loads((tmp_path / "checkpoint-4" / checkpoints.STATE_FILE).read_text())
     assert saved["script"] == script.path.name and "no_longer_there" not in saved["options"]
 
 
@@ -214,7 +215,7 @@ def test_another_number_of_workers_begins_a_new_pass(script, unbroken, tmp_path,
     resumed(script, tmp_path, "--dataloader_num_workers=2", CHANGED)
     assert "a new pass over all of it begins" in capfd.readouterr().err
     old, new = (
-        json.loads((folder / f"checkpoint-{step}" / lcm_checkpoint.STATE_FILE).read_text())["data"][0]
+        json.loads((folder / f"checkpoint-{step}" / checkpoints.STATE_FILE).read_text())["data"][0]
         for folder, step in ((unbroken, 2), (tmp_path, 4))
     )
     assert len(old["positions"]) == 1 and len(new["positions"]) == 2

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lcm.models.prompts import load_noise_schedule
-from lcm.options.groups import SCHEDULERS
+from lcm.models.schedule import load_noise_schedule
+from lcm.options.choices import SCHEDULERS
 from lcm.pictures.samplers import lcm_scheduler, make_scheduler
 from lcm_common import DDIMSolver, consistency_function
 

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 
 import evaluate_lcm
 from lcm.data.http import HttpFile, split_login
-from lcm.data.loader import expand_shards
-from lcm.data.samples import read_shard
-from lcm.options import secrets as lcm_secrets
-from lcm.options.groups import UserError, run
+from lcm.data.shards import expand_shards, read_shard
+from lcm.errors import UserError, run
+from lcm.options import secrets
 from lcm.options.secrets import redact, without_credentials
 
 S = "S3cr3t-Value_0123"  # in every row of the table
@@ -163,7 +162,7 @@ def test_other_shards_stay_others(one, other):
 def test_the_command_line_as_trackers_record_it(monkeypatch):
     given = ["train.py", "--hub_token", S, f"--train_shards_path_or_url=https://host/a.tar?sig={S}", "--seed=1"]
     monkeypatch.setattr(sys, "argv", given)
-    with lcm_secrets.redacted_command_line():
+    with secrets.redacted_command_line():
         assert S not in " ".join(sys.argv) and sys.argv[-1] == "--seed=1" and len(sys.argv) == 5
     assert sys.argv is given
 
@@ -267,5 +266,5 @@ def test_no_secret_is_stored_or_shown(teacher, shards, guarded, tmp_path):
             assert S.encode() not in path.read_bytes(), path
             searched += 1
     assert searched > 10
-    for part in lcm_secrets.redact(" ".join(options)).split():
+    for part in secrets.redact(" ".join(options)).split():
         assert S not in part

@@ -8,15 +8,14 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, Script
 
-from lcm.run import progress as lcm_progress
+from lcm.run import signals as lcm_signals
 
 # Raises a signal inside step 3, to this process or to its whole group, as a terminal and SLURM do.
 SIGNALLED = """
 import importlib, os, signal, sys
-from lcm.run import progress as lcm_progress
 
 script, name, whom, *options = sys.argv[1:]
-number, add_loss = getattr(signal, name), lcm_progress.Progress.add_losses
+number, add_loss = getattr(signal, name), progress.Progress.add_losses
 calls = []
 
 def add_loss_and_signal(self, *args):
@@ -27,7 +26,7 @@ def add_loss_and_signal(self, *args):
     if len(calls) == 5 and whom == "twice":
         os.kill(os.getpid(), number)
 
-lcm_progress.Progress.add_losses = add_loss_and_signal
+progress.Progress.add_losses = add_loss_and_signal
 importlib.import_module(script).main(options)
 """
 
@@ -67,8 +66,8 @@ def test_a_signal_is_taken_where_nothing_can_be_printed(monkeypatch):
     def gone(*args):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(lcm_progress.os, "write", gone)
-    signals = lcm_progress.StopSignals(speaks=True)
+    monkeypatch.setattr(lcm_signals.os, "write", gone)
+    signals = lcm_signals.StopSignals(speaks=True)
     try:
         signal.raise_signal(signal.SIGTERM)
         assert signals.received == "SIGTERM"
@@ -107,7 +106,7 @@ importlib.import_module(script).main(options)
     ("name", "number", "module", "method"),
     [
         ("sd", "SIGTERM", "lcm.pictures.validation", "Validation.show"),
-        ("lora_sd", "SIGINT", "lcm.models.lora", "LoraModel.export"),
+        ("lora_sd", "SIGINT", "lcm.models.networks", "LoraModel.export"),
         ("sd", "SIGINT", "lcm.run.trackers", "Trackers.finish"),
     ],
 )
@@ -138,7 +137,7 @@ def test_ctrl_c_before_the_first_step_is_one_line(teacher, shards, tmp_path, mon
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lcm.models.prompts.load_vae", interrupted)
+    monkeypatch.setattr("lcm.models.vae.load_vae", interrupted)
     with pytest.raises(SystemExit) as stop:
         Script("sd", teacher, shards, SCRIPTS["sd"]).main(tmp_path)
     assert stop.value.code == 130 and capsys.readouterr().err.endswith("\nStopped before the first step.\n")

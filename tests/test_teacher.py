@@ -7,8 +7,9 @@ import torch
 from conftest import common_options, make_sdxl_teacher
 from diffusers import AutoencoderKL
 
-from lcm.models import prompts as lcm_teacher
-from lcm.run import start as lcm_training
+from lcm.models import prompts
+from lcm.models import vae as lcm_vae
+from lcm.run import start
 from train_lcm_distill_sdxl_wds import parse_args
 
 BATCH = {
@@ -20,7 +21,7 @@ BATCH = {
 
 def encoder(teacher, *more):
     args = parse_args(common_options(teacher, "shards.tar", "out", "--resolution=1024", *more))
-    return lcm_teacher.SDXLPromptEncoder(args, SimpleNamespace(device=torch.device("cpu"), mixed_precision="no"))
+    return prompts.SDXLPromptEncoder(args, SimpleNamespace(device=torch.device("cpu"), mixed_precision="no"))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_joined_conditioning_is_two_batches_in_one(sdxl_teacher, pipeline):
     cond, uncond = encoder(sdxl_teacher)(BATCH)
     z, t = torch.randn(2, 4, 8, 8), torch.tensor([19, 999])
     with torch.no_grad():
-        both = lcm_teacher.join_conditioning(cond, uncond)
+        both = prompts.join_conditioning(cond, uncond)
         together = pipeline.unet(torch.cat([z, z]), torch.cat([t, t]), **both).sample
         apart = [pipeline.unet(z, t, **conditioning).sample for conditioning in (cond, uncond)]
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-5)
@@ -93,9 +94,9 @@ def test_how_many_pictures_are_encoded_at_once_does_not_change_the_noise(teacher
     with torch.no_grad():
         expected = vae.encode(pixels).latent_dist.sample(seeded()) * vae.config.scaling_factor
         for size in (5, 8):
-            assert torch.equal(lcm_teacher.encode_pixels(vae, pixels, size, seeded()), expected)
+            assert torch.equal(lcm_vae.encode_pixels(vae, pixels, size, seeded()), expected)
         for size in (1, 2, 3):
-            found = lcm_teacher.encode_pixels(vae, pixels, size, seeded())
+            found = lcm_vae.encode_pixels(vae, pixels, size, seeded())
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -105,7 +106,7 @@ def test_sd_embeddings_are_the_pipelines(teacher, tmp_path):
     import train_lcm_distill_sd_wds as script
 
     args = script.parse_args(common_options(teacher, "shards.tar", tmp_path))
-    cond, uncond = lcm_teacher.PromptEncoder(args, lcm_training.start(args))(BATCH)
+    cond, uncond = prompts.PromptEncoder(args, start.start(args))(BATCH)
     expected = StableDiffusionPipeline.from_pretrained(teacher).encode_prompt(BATCH["captions"], "cpu", 1, True)
     for found, embedding in zip((cond, uncond), expected, strict=True):
         torch.testing.assert_close(found["encoder_hidden_states"], embedding, rtol=1e-5, atol=1e-6)

@@ -13,7 +13,7 @@ from conftest import SCRIPTS, Script
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lcm.options.groups import TRACKERS
+from lcm.options.choices import TRACKERS
 
 RUN = [
     "--max_train_steps=4",

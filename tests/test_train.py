@@ -13,10 +13,12 @@ from hub_server import HubServer, client_env
 from PIL import Image
 from safetensors.torch import load_file
 
-from lcm.models import prompts as lcm_teacher
-from lcm.run import checkpoints as lcm_checkpoint
-from lcm.run import progress as lcm_progress
-from lcm.run import start as lcm_training
+from lcm import storage
+from lcm.data import loader
+from lcm.models import prompts
+from lcm.pictures import validation
+from lcm.run import checkpoints, progress
+from lcm.run import start as lcm_start
 from train_lcm_distill_sd_wds import load_models, main, parse_args
 
 SCRIPT = ROOT / "train_lcm_distill_sd_wds.py"
@@ -179,14 +181,14 @@ def test_closing_lines_can_be_run(script, tmp_path, capsys):
 
 
 def models(args, accelerator):
-    return load_models(args, accelerator, lcm_teacher.PromptEncoder(args, accelerator))
+    return load_models(args, accelerator, prompts.PromptEncoder(args, accelerator))
 
 
 @pytest.mark.parametrize("cast", [False, True])
 def test_student_is_the_teacher_plus_a_guidance_projection(teacher, shards, tmp_path, cast):
     more = ["--mixed_precision=bf16", "--cast_teacher_unet"] if cast else []
     args = parse_args(sd_options(teacher, shards, tmp_path, *more))
-    teacher_unet, student, target = models(args, lcm_training.start(args))
+    teacher_unet, student, target = models(args, lcm_start.start(args))
     assert teacher_unet.dtype == (torch.bfloat16 if cast else torch.float32)
     z, t, hidden = torch.randn(2, 4, 8, 8), torch.tensor([19, 999]), torch.randn(2, 16, 16)
     w_emb = torch.randn(2, 16)
@@ -204,7 +206,7 @@ def test_student_is_the_teacher_plus_a_guidance_projection(teacher, shards, tmp_
 def test_guidance_projection_is_the_same_on_every_process(teacher, shards, tmp_path):
     """Each process seeds the global generators differently; the target is never broadcast, so this must not matter."""
     args = parse_args(sd_options(teacher, shards, tmp_path))
-    accelerator = lcm_training.start(args)
+    accelerator = lcm_start.start(args)
     projections = []
     for global_seed in (1, 2):
         torch.manual_seed(global_seed)
@@ -216,18 +218,17 @@ def test_first_loss_is_that_of_the_formulas(script, tmp_path, monkeypatch):
     """The first loss of a run equals Algorithm 1 written out with diffusers' own classes."""
     from diffusers import DDIMScheduler, DiffusionPipeline
 
-    from lcm.data import loader as lcm_data
 
     batches, losses = [], []
-    unwrapped = lcm_data.TrainingData.__iter__
+    unwrapped = loader.TrainingData.__iter__
 
     def recording(self):
         for batch in unwrapped(self):
             batches.append(batch)
             yield batch
 
-    monkeypatch.setattr(lcm_data.TrainingData, "__iter__", recording)
-    monkeypatch.setattr(lcm_progress.Progress, "step", lambda self, step, lr: losses.append(self.loss))
+    monkeypatch.setattr(loader.TrainingData, "__iter__", recording)
+    monkeypatch.setattr(progress.Progress, "step", lambda self, step, lr: losses.append(self.loss))
     script.main(tmp_path, "--max_train_steps=1", "--validation_steps=9")
 
     pipeline = DiffusionPipeline.from_pretrained(script.teacher)
@@ -235,12 +236,12 @@ def test_first_loss_is_that_of_the_formulas(script, tmp_path, monkeypatch):
     if script.is_lora:
         student = pipeline.unet  # a new LoRA changes nothing
     else:
-        accelerator = lcm_training.start(args)
-        encoder = lcm_teacher.SDXLPromptEncoder if script.is_sdxl else lcm_teacher.PromptEncoder
+        accelerator = lcm_start.start(args)
+        encoder = prompts.SDXLPromptEncoder if script.is_sdxl else prompts.PromptEncoder
         student = script.module.load_models(args, accelerator, encoder(args, accelerator))[1]
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     scheduler.set_timesteps(50)
-    generator = lcm_training.step_generator(0, 0, 0, "cpu")
+    generator = lcm_start.step_generator(0, 0, 0, "cpu")
 
     def conditioning(i):
         """What the pipelines give their U-Net for sample i, with its caption and without."""
@@ -335,16 +336,15 @@ def test_same_seed_same_weights_with_two_workers(script, tmp_path):
 
 KILLED_AT = """
 import importlib, os, signal, sys
-from lcm.run import progress as lcm_progress
 
-step = lcm_progress.Progress.step
+step = progress.Progress.step
 
 def step_or_die(self, number, rate):
     if number == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
     step(self, number, rate)
 
-lcm_progress.Progress.step = step_or_die
+progress.Progress.step = step_or_die
 importlib.import_module(sys.argv[1]).main(sys.argv[3:])
 """
 
@@ -421,19 +421,19 @@ def test_unfinished_checkpoint_is_never_taken(teacher, shards, tmp_path):
 
 def test_old_checkpoints_survive_a_failed_save(teacher, shards, tmp_path, monkeypatch, capsys):
     """The disk fills up while the second checkpoint is written: the first stays, one line says so."""
-    publish = lcm_checkpoint.publish
+    publish = storage.publish
 
     def full_disk(partial, path):
         if path.endswith("checkpoint-4"):
             raise OSError(28, "No space left on device")
         publish(partial, path)
 
-    monkeypatch.setattr(lcm_checkpoint, "publish", full_disk)
+    monkeypatch.setattr(checkpoints, "publish", full_disk)
     with pytest.raises(SystemExit) as exit_info:
         main(sd_options(teacher, shards, tmp_path, "--checkpointing_steps=2", "--checkpoints_total_limit=1"))
     assert exit_info.value.code == 1
     assert "No space left" in capsys.readouterr().err
-    assert lcm_checkpoint.list_checkpoints(tmp_path) == [str(tmp_path / "checkpoint-2")]
+    assert checkpoints.list_checkpoints(tmp_path) == [str(tmp_path / "checkpoint-2")]
 
 
 def test_checkpoints_load_in_diffusers(finished):
@@ -448,7 +448,7 @@ def run_with_scaler(monkeypatch, options, overflows):
     whose loss is finite, but not its gradients once they are scaled."""
     import lcm_common
 
-    start, consistency_loss, calls = lcm_training.start, lcm_common.consistency_loss, []
+    start, consistency_loss, calls = lcm_start.start, lcm_common.consistency_loss, []
 
     def start_with_scaler(*args, **more):
         accelerator = start(*args, **more)
@@ -459,7 +459,7 @@ def run_with_scaler(monkeypatch, options, overflows):
         calls.append(1)
         return consistency_loss(*args) * (1e37 if len(calls) in overflows else 1.0)
 
-    monkeypatch.setattr(lcm_training, "start", start_with_scaler)
+    monkeypatch.setattr(lcm_start, "start", start_with_scaler)
     monkeypatch.setattr(lcm_common, "consistency_loss", overflowing)
     main(options)
 
@@ -488,7 +488,7 @@ def test_a_checkpoint_without_a_scaler_is_gone_on_from_with_one(teacher, shards,
 
 
 def test_many_skipped_steps_in_a_row_are_an_error(teacher, shards, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lcm_progress, "MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr(progress, "MAX_SKIPPED_IN_A_ROW", 3)
     options = sd_options(teacher, shards, tmp_path, "--checkpointing_steps=1", "--max_train_steps=9")
     with pytest.raises(SystemExit):
         run_with_scaler(monkeypatch, options, overflows={2, 4, 5, 6})
@@ -497,13 +497,12 @@ def test_many_skipped_steps_in_a_row_are_an_error(teacher, shards, tmp_path, mon
 
 
 def test_failed_pictures_cost_nothing_but_pictures(teacher, shards, tmp_path, monkeypatch, capfd):
-    from lcm.pictures import validation as lcm_validation
 
     def out_of_memory(*args):
         raise RuntimeError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lcm_validation.Validation, "show", out_of_memory)
+        patch.setattr(validation.Validation, "show", out_of_memory)
         main(sd_options(teacher, shards, tmp_path / "without", "--validation_steps=2"))
     assert "No pictures at step 2: CUDA out of memory" in capfd.readouterr().err
     main(sd_options(teacher, shards, tmp_path / "with", "--validation_steps=2"))
@@ -512,10 +511,9 @@ def test_failed_pictures_cost_nothing_but_pictures(teacher, shards, tmp_path, mo
 
 DISK_FULL = """
 import resource, signal, sys
-from lcm.run import checkpoints as lcm_checkpoint
 from train_lcm_distill_sd_wds import main
 
-save = lcm_checkpoint.Checkpoints.save
+save = checkpoints.Checkpoints.save
 
 def save_on_a_full_disk(self, step):
     if step == 4:
@@ -523,7 +521,7 @@ def save_on_a_full_disk(self, step):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     save(self, step)
 
-lcm_checkpoint.Checkpoints.save = save_on_a_full_disk
+checkpoints.Checkpoints.save = save_on_a_full_disk
 main(sys.argv[1:])
 """
 
@@ -546,7 +544,7 @@ def test_folder_that_was_just_being_replaced_is_put_back(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "unet.old.partial" / "weights").touch()
     (tmp_path / "notes.partial").touch()
-    lcm_checkpoint.remove_leftovers(tmp_path, ["unet", "scheduler"])
+    storage.remove_leftovers(tmp_path, ["unet", "scheduler"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.partial", "notes.partial", "unet"]
     assert (tmp_path / "unet" / "weights").exists()
 

@@ -11,10 +11,11 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
-from lcm.options.groups import default_guidance_scale
-from lcm.pictures import validation as lcm_validation
-from lcm.pictures.validation import picture_grid
-from lcm.run import trackers as lcm_trackers
+from lcm.options.checks import default_guidance_scale
+from lcm.pictures import grid as lcm_grid
+from lcm.pictures import validation
+from lcm.pictures.grid import picture_grid
+from lcm.run import trackers
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def logged(monkeypatch):
     def log_pictures(self, pictures, step):
         seen.setdefault(step, {}).update(pictures)
 
-    monkeypatch.setattr(lcm_trackers.Trackers, "log_pictures", log_pictures)
+    monkeypatch.setattr(trackers.Trackers, "log_pictures", log_pictures)
     return seen
 
 
@@ -110,7 +111,7 @@ def test_the_grid_shows_them_all(script, logged, tmp_path, monkeypatch):
         grids.append((args, kwargs))
         return picture_grid(*args, **kwargs)
 
-    monkeypatch.setattr(lcm_validation, "picture_grid", recording)
+    monkeypatch.setattr(validation, "picture_grid", recording)
     more = ["--validation_resolution=16x24,32", "--validation_prompts", "one", "two", "--max_train_steps=1"]
     script.main(tmp_path, *more, "--validation_teacher_steps", "2")
     (((rows, row_labels, column_labels), more),) = grids
@@ -181,7 +182,7 @@ def test_lines_are_cut_by_their_width(text, lines):
         def getlength(self, text):
             return sum(1 + (ord(letter) > 0x2000) for letter in text)
 
-    assert lcm_validation.wrap(text, 7 if text.isascii() else 6, Font()) == lines
+    assert lcm_grid.wrap(text, 7 if text.isascii() else 6, Font()) == lines
 
 
 def test_a_hairline_shows_where_a_white_picture_ends():
@@ -202,7 +203,7 @@ def test_a_long_list_of_prompts_is_split_into_pages(teacher, shards, logged, tmp
         grids.append((args, more))
         return picture_grid(*args, **more)
 
-    monkeypatch.setattr(lcm_validation, "picture_grid", recording)
+    monkeypatch.setattr(validation, "picture_grid", recording)
     script, prompts = Script("lora_sd", teacher, shards, SCRIPTS["lora_sd"]), [f"number {i}" for i in range(30)]
     more = ["--max_train_steps=1", "--validation_negative_prompt=ugly", "--validation_prompts"]
     script.main(tmp_path, *more, *prompts)
@@ -226,7 +227,7 @@ def test_a_long_list_of_prompts_is_split_into_pages(teacher, shards, logged, tmp
 
 
 def test_pages_of_high_pictures_have_fewer_rows(teacher, shards, logged, tmp_path, monkeypatch):
-    monkeypatch.setattr(lcm_validation, "MAX_PAGE_HEIGHT", 1000)
+    monkeypatch.setattr(lcm_grid, "MAX_PAGE_HEIGHT", 1000)
     script = Script("lora_sd", teacher, shards, SCRIPTS["lora_sd"])
     more = ["--max_train_steps=1", "--validation_resolution=16x48", "--validation_prompts", *map(str, range(7))]
     script.main(tmp_path, *more)
@@ -308,14 +309,14 @@ def test_default_columns_of_the_teacher(teacher, shards):
 
 def test_a_teacher_that_cannot_be_drawn_costs_its_columns_only(teacher, shards, logged, tmp_path, monkeypatch, capfd):
     """DDIM does not know more steps than the schedule has."""
-    draw = lcm_validation.Validation.draw
+    draw = validation.Validation.draw
 
     def out_of_memory(self, network, columns, scheduler):
         if columns[0].network == "teacher":
             raise RuntimeError("CUDA out of memory")
         return draw(self, network, columns, scheduler)
 
-    monkeypatch.setattr(lcm_validation.Validation, "draw", out_of_memory)
+    monkeypatch.setattr(validation.Validation, "draw", out_of_memory)
     script = Script("sd", teacher, shards, SCRIPTS["sd"])
     script.main(tmp_path, "--validation_teacher_steps", "2", "--max_train_steps=1")
     assert "No pictures of the teacher: CUDA out of memory" in capfd.readouterr().err
@@ -360,12 +361,12 @@ def installed(monkeypatch):
     """installed(files): what fonts there are besides matplotlib's own, and nothing is known of them yet."""
 
     def install(*files):
-        monkeypatch.setattr(lcm_validation.font_manager, "findSystemFonts", lambda: list(files))
-        monkeypatch.setattr(lcm_validation, "NAMED_LETTERS", set())
-        lcm_validation.fonts_for.cache_clear()
+        monkeypatch.setattr(lcm_grid.font_manager, "findSystemFonts", lambda: list(files))
+        monkeypatch.setattr(lcm_grid, "NAMED_LETTERS", set())
+        lcm_grid.fonts_for.cache_clear()
 
     yield install
-    lcm_validation.fonts_for.cache_clear()
+    lcm_grid.fonts_for.cache_clear()
 
 
 def test_an_installed_font_that_has_the_letters_is_taken(installed, tmp_path, caplog):
@@ -376,9 +377,9 @@ def test_an_installed_font_that_has_the_letters_is_taken(installed, tmp_path, ca
         for name, letters in {"A-Some": "猫", "A-Bold": "abx猫犬", "B": "abx猫犬", "LastResort": "abx猫犬한"}.items()
     )
     installed(str(tmp_path / "broken.ttf"), some, bold, blank, plain, str(tmp_path / "absent.ttf"))
-    assert lcm_validation.label_font(16, ["a猫", "b 犬"]).path == plain
-    assert lcm_validation.label_font(16, ["é"]).path.endswith("DejaVuSans.ttf")
-    assert not isinstance(getattr(lcm_validation.label_font(16, ["plain"]), "path", None), str)
+    assert lcm_grid.label_font(16, ["a猫", "b 犬"]).path == plain
+    assert lcm_grid.label_font(16, ["é"]).path.endswith("DejaVuSans.ttf")
+    assert not isinstance(getattr(lcm_grid.label_font(16, ["plain"]), "path", None), str)
     assert not caplog.records
     picture = Image.new("RGB", (96, 96))
     cat, dog = (np.asarray(picture_grid([[picture]], [label], ["x"])) for label in "猫犬")

@@ -5,8 +5,6 @@ import http.client
 import io
 import logging
 import time
-import urllib.error
-import urllib.parse
 import urllib.request
 
 from lcm.options.secrets import redact

@@ -1,182 +1,15 @@
-"""From a shard's bytes to one training sample: tar members, picture, caption, JSON, filters, resize and crop.
+"""From a sample's bytes to what one row of a batch needs: picture, caption, JSON, filters.
 
-Nothing is ever unpickled: of a sample, only its picture, caption and JSON are read, each by its own parser. Nothing is
-skipped silently: what cannot be used becomes a `Problem`, or raises `Unusable`, and is counted in `lcm_data`.
+What cannot be used raises `Unusable`, and is counted.
 """
 
-import contextlib
-import io
 import json
-import tarfile
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from lcm.data.commands import open_url
-from lcm.data.http import HttpFile
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-CAPTION_SUFFIXES = ("txt", "text", "caption")
-MAX_ASPECT_RATIO = 16  # resizing a thinner picture to the resolution would take gigabytes
-MAX_PICTURE_BYTES, MAX_TEXT_BYTES = 1 << 28, 1 << 20  # a tokenizer takes a second for a megabyte
-
-INTERPOLATION = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "nearest": Image.Resampling.NEAREST,
-    "nearest_exact": Image.Resampling.NEAREST,  # Pillow's nearest is already the exact one
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A sample, or a shard, that cannot be used."""
-
-    reason: str  # a few words, the same for all of a kind
-    detail: str
-
-
-class Unusable(Exception):
-    """Raised while a sample is decoded; carries the reason under which it is counted."""
-
-
-# Shards to samples.
-
-
-@dataclass(frozen=True)
-class TooLarge:
-    """Stands for a member of a size that no picture or text has; it was not read."""
-
-    size: int  # bytes
-
-
-def max_size(name):
-    """The most bytes that are read of a member; 0 for all that no sample is made of."""
-    suffix = (base_plus_ext(name)[1] or "").lower()
-    if suffix in IMAGE_SUFFIXES:
-        return MAX_PICTURE_BYTES
-    return MAX_TEXT_BYTES if suffix in (*CAPTION_SUFFIXES, "json") else 0
-
-
-class TarHeader(tarfile.TarInfo):
-    """A header that, unlike tarfile's own, never takes a broken or a missing one for the end of the tar."""
-
-    @classmethod
-    def frombuf(cls, buffer, *args):
-        try:
-            return super().frombuf(buffer, *args)
-        except tarfile.HeaderError as error:
-            if buffer == bytes(tarfile.BLOCKSIZE):  # the end, as it should be
-                raise
-            raise tarfile.ReadError(str(error)) from None
-
-
-class ShardUnreadable(Exception):
-    """Raised where the rest of a shard cannot be read; carries why."""
-
-
-@contextlib.contextmanager
-def broken_shard():
-    """For calls of libraries alone: what a broken shard makes them raise becomes ShardUnreadable.
-
-    tarfile raises nearly anything, TypeError and OverflowError among it. Running out of memory is no fault of a shard.
-    """
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise ShardUnreadable(str(error) or type(error).__name__) from error
-
-
-def tar_members(stream, url):
-    """Yield the files of a tar as `group_by_keys` takes them; those that no sample is made of have None for data."""
-    with broken_shard():
-        tar = tarfile.open(fileobj=stream, mode="r|*", tarinfo=TarHeader)  # noqa: SIM115 (the caller's)
-    while True:
-        with broken_shard():
-            member = tar.next()
-        if member is None:
-            return
-        tar.members.clear()
-        if not member.isreg():
-            continue
-        limit = 0 if member.issparse() else max_size(member.name)  # a sparse file may unpack to any size
-        data = TooLarge(member.size) if member.size > limit > 0 else None
-        if limit and member.size <= limit:
-            with broken_shard():
-                data = tar.extractfile(member).read()
-        yield {"fname": member.name, "data": data, "__url__": url}
-
-
-@contextlib.contextmanager
-def open_shard(url, timeout):
-    """A shard's bytes as a stream: HttpFile for http(s)://, else what webdataset opens. `timeout` is in seconds."""
-    is_http = url.lower().startswith(("http://", "https://"))
-    with contextlib.ExitStack() as stack:
-        with broken_shard():
-            if is_http:
-                opened = io.BufferedReader(HttpFile(url, timeout), buffer_size=1 << 20)
-            else:
-                opened = open_url(url, timeout)
-            stream = stack.enter_context(opened)
-        yield stream
-        with broken_shard():  # the command may have failed
-            stack.close()
-
-
-def read_shard(url, timeout=300.0):
-    """Yield the samples of one shard as dicts of bytes, and a Problem for each thing in it that cannot be read."""
-    problems = []
-
-    def note_duplicate(error):
-        problems.append(Problem("duplicate member", f"{url}: {error.args[0]}"))
-        return True
-
-    try:
-        with open_shard(url, timeout) as stream:
-            for sample in group_by_keys(tar_members(stream, url), handler=note_duplicate):
-                yield from problems
-                problems.clear()
-                yield sample
-    except ShardUnreadable as error:
-        problems.append(Problem("shard unreadable or cut short", f"{url}: {error}"))
-    yield from problems
-
-
-# Samples to pictures and captions.
-
-
-def open_image(data):
-    """Decode a picture as 8-bit RGB: upright after EXIF, 16-bit greys scaled, transparency over white.
-
-    Raises Unusable for anything that is not one whole picture, and for what Pillow holds for a decompression bomb;
-    MemoryError is no fault of the picture's, and is raised.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-            raise Unusable("picture too thin", f"{image.width} x {image.height}")
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise Unusable("picture too large", str(error)) from None
-    except (Unusable, MemoryError):
-        raise
-    except Exception as error:  # Pillow's decoders raise nearly anything on broken input
-        raise Unusable("picture unreadable", str(error) or type(error).__name__) from None
+from lcm.data.pictures import Unusable, open_image, transform
+from lcm.data.shards import CAPTION_SUFFIXES, IMAGE_SUFFIXES, TooLarge
 
 
 def read_caption(sample, info, caption_key, rng):
@@ -218,25 +51,6 @@ def json_number(info, key):
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 2**31:
         raise Unusable("JSON lacks a number", f"{key!r} is {value!r:.40}")
     return value
-
-
-def transform(image, config, rng):
-    """Resize the shorter side to the resolution, crop a square, perhaps mirror it.
-
-    Returns ((3, H, W) uint8 array, (crop top, crop left)), the crop in pixels of the picture as resized and mirrored.
-    """
-    resolution, shorter = config.resolution, min(image.size)
-    width, height = (int(resolution * side / shorter) for side in image.size)  # rounded as torchvision's `resize`
-    if (width, height) != image.size:
-        image = image.resize((width, height), INTERPOLATION[config.interpolation_type])
-    if config.center_crop:
-        left, top = (width - resolution) // 2, (height - resolution) // 2
-    else:
-        left, top = rng.integers(width - resolution + 1), rng.integers(height - resolution + 1)
-    image = image.crop((left, top, left + resolution, top + resolution))
-    if config.random_flip and rng.random() < 0.5:
-        image, left = ImageOps.mirror(image), width - resolution - left
-    return np.asarray(image).transpose(2, 0, 1), (int(top), int(left))
 
 
 def decode_sample(sample, config, rng):

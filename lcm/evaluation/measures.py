@@ -3,84 +3,20 @@
 Pictures are (N, 3, H, W) uint8 tensors on the CPU throughout, and belong to a list of N prompts.
 """
 
-import importlib
-import importlib.util
-import itertools
 import logging
 import math
 import os
-import sys
-from collections import Counter
-from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 
-from lcm.data.loader import DataConfig, describe, expand_shards
-from lcm.data.samples import IMAGE_SUFFIXES, Problem, Unusable, open_image, read_shard, transform
-from lcm.models.prompts import load_pretrained
-from lcm.options.groups import UserError, first_line
+from lcm.errors import UserError, first_line
+from lcm.evaluation.features import Clip, features_of, load_feature_network, load_function, reference_pictures
 from lcm.options.secrets import redact
-
-try:
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-except ImportError:  # transformers 4, whose only one it is
-    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 logger = logging.getLogger(__name__)
 
-
-# What pictures are compared with.
-
-
-def reference_pictures(source, resolution, limit, batch_size):
-    """Yield up to `limit` pictures of a folder (with the folders in it, by name), or of shards, in batches.
-
-    Each is resized to `resolution` and its middle cropped, as in training. What cannot be read is left out and told.
-    Raises UserError if fewer than two are left.
-    """
-    config = DataConfig(shards=(), batch_size=batch_size, resolution=resolution, seed=0, center_crop=True)
-    skipped = Counter()
-
-    def usable():
-        for data in encoded_pictures(source):
-            try:
-                if isinstance(data, Problem):
-                    raise Unusable(data.reason)
-                yield torch.from_numpy(transform(open_image(data), config, rng=None)[0].copy())
-            except Unusable as error:
-                skipped[error.args[0]] += 1
-
-    pictures, count = itertools.islice(usable(), limit), 0
-    while batch := list(itertools.islice(pictures, batch_size)):
-        count += len(batch)
-        yield torch.stack(batch)
-    if skipped:
-        logger.warning("--reference_images: skipped: %s", describe(skipped))
-    if count < 2:
-        raise UserError(
-            f"--reference_images: {redact(source)!r} holds {count} usable pictures; allowed: a folder or shards with "
-            f"at least 2 (.{', .'.join(IMAGE_SUFFIXES)})"
-        )
-
-
-def encoded_pictures(source):
-    """Yield the bytes of every picture in a folder or in shards, and a Problem for each sample without one."""
-    if os.path.isdir(source):
-        for path in sorted(Path(source).rglob("*")):
-            if path.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES:
-                yield path.read_bytes()
-        return
-    for sample in itertools.chain.from_iterable(map(read_shard, expand_shards([source], "--reference_images"))):
-        if isinstance(sample, Problem):
-            yield sample
-        else:
-            found = (sample[suffix] for suffix in IMAGE_SUFFIXES if sample.get(suffix) is not None)
-            yield next(found, Problem("no picture", sample["__key__"]))
-
-
-# Features and distances.
 
 
 def root_mean_square(images, others):
@@ -89,93 +25,9 @@ def root_mean_square(images, others):
     return (sum(squares).item() / images.numel()) ** 0.5 / 255
 
 
-class Clip:
-    """A CLIP model: transformers' own, with its own tokenizer and picture processor, in float32."""
-
-    def __init__(self, name, device, cache_dir=None):
-        load = {"option": "--clip_model", "source": name, "cache_dir": cache_dir}
-        model = load_pretrained(transformers.CLIPModel, dtype=torch.float32, **load)
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.tokenizer = load_pretrained(transformers.CLIPTokenizer, **load)
-        self.processor = load_pretrained(CLIPImageProcessorPil, **load)
-
-    def image_features(self, images):
-        """The embeddings (B, D) of pictures (B, 3, H, W) uint8, not normalised."""
-        pixels = self.processor(list(images.numpy()), input_data_format="channels_first", return_tensors="pt")
-        pooled = self.model.vision_model(pixels["pixel_values"].to(self.model.device)).pooler_output
-        return self.model.visual_projection(pooled)
-
-    def text_features(self, prompts):
-        """The embeddings (B, D) of B strings, which are cut to what the model takes; not normalised."""
-        length = self.model.config.text_config.max_position_embeddings
-        inputs = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        return self.model.text_projection(self.model.text_model(**inputs.to(self.model.device)).pooler_output)
-
-
 def clip_score(image_features, text_features):
     """100 times the cosine of the angle between a picture's embedding and its prompt's, (N, D) both, in the mean."""
     return 100 * torch.cosine_similarity(image_features, text_features).mean().item()
-
-
-def load_function(option, text):
-    """The function that `path/to/file.py:name` or `module:name` stands for. Raises UserError if there is none.
-
-    A file may import what lies beside it, a module what lies in the current folder.
-    """
-    source, _, name = text.rpartition(":")
-    is_file = source.endswith(".py")
-    sys.path.append(os.path.dirname(os.path.abspath(source)) if is_file else os.getcwd())
-    try:
-        if is_file:
-            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(source)
-        function = getattr(module, name)
-    except Exception as error:  # whatever the file does
-        raise UserError(f"{option}: cannot load {text!r}: {first_line(error)}") from error
-    if not callable(function):
-        raise UserError(f"{option}: {text!r} is no function")
-    return function
-
-
-def load_feature_network(name, clip, device):
-    """What maps pictures (B, 3, H, W) uint8 to features (B, F), for a value of --feature_network; None for `none`.
-
-    A torch module is moved to `device` and given pictures there; a function gets them on the CPU. Raises UserError.
-    """
-    if name == "none":
-        return None
-    if name == "clip":
-        return clip.image_features
-    if name == "inception":
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        try:
-            network = FrechetInceptionDistance(feature=2048).inception
-        except Exception as error:  # its weights are downloaded
-            raise UserError(f"--feature_network: cannot load inception: {first_line(error)}") from error
-    else:
-        network = load_function("--feature_network", name)
-    if isinstance(network, torch.nn.Module):
-        module = network.eval().to(device)
-        return lambda images: module(images.to(device))
-    return network
-
-
-@torch.no_grad()
-def features_of(images, network, batch_size):
-    """The features (N, F) float32 of pictures, on the CPU. Raises UserError if `network` gives something else."""
-    parts = []
-    for batch in images.split(batch_size):
-        features = network(batch)
-        if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(batch):
-            shape = getattr(features, "shape", None)
-            found = f"shape {tuple(shape)}" if shape is not None else type(features).__name__
-            raise UserError(f"--feature_network: {len(batch)} pictures gave {found}; allowed: a tensor (B, F)")
-        parts.append(features.float().cpu())
-    return torch.cat(parts)
 
 
 def frechet_distance(features, reference):

@@ -1,24 +1,19 @@
-"""LCM-LoRA: adapters in one U-Net, which is teacher, target and student in turn, and the files they are saved in.
+"""Adapters in one U-Net, which is teacher, target and student in turn.
 
 The teacher is the U-Net with its adapter switched off, the target is the U-Net without dropout, so one copy of the
 base weights does for all three. The base is frozen, in the precision of the mixed precision; adapters are float32.
 """
 
 import contextlib
-import json
 import logging
-import os
 import warnings
 
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_kohya
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
 
-from lcm.options.groups import UserError
+from lcm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +22,6 @@ DEFAULT_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 )  # fmt: skip
-
-# diffusers looks for the first name. The second must not end in the first, or diffusers would take it instead.
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-KOHYA_FILE = "lcm_lora_kohya.safetensors"
-STUDENT_FOLDER = "student"  # beside a moving average: the weights as the optimizer left them
-
-
-# Adapters in a U-Net.
 
 
 def find_targets(unet, option):
@@ -155,144 +142,3 @@ class AdapterView:
     def __call__(self, *args, **kwargs):
         with self.active() as unet:
             return unet(*args, **kwargs)
-
-
-# Files.
-
-
-def adapter_weights(unet, adapter):
-    """One adapter's tensors under peft's plain keys, `down_blocks.0. ... .to_q.lora_A.weight`, on the CPU."""
-    weights = get_peft_model_state_dict(unet, adapter_name=adapter)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-
-
-def save_for_diffusers(unet, adapter, folder):
-    """Write what `pipeline.load_lora_weights(folder)` takes, for Stable Diffusion and SDXL alike.
-
-    Rank and alpha travel as metadata; diffusers refuses them as tensors. peft's plain keys, because
-    `convert_state_dict_to_diffusers` mixes two styles where convolutions are among the targets, and the loader then
-    drops every attention layer with no more than a warning.
-    """
-    config = unet.peft_config[adapter]
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=adapter_weights(unet, adapter),
-        # Only these: what an older peft does not know of, it would refuse.
-        unet_lora_adapter_metadata={
-            "r": config.r,
-            "lora_alpha": config.lora_alpha,
-            "target_modules": sorted(config.target_modules),
-            "rank_pattern": {},  # diffusers before 0.40 reads it unasked
-        },
-        weight_name=DIFFUSERS_FILE,
-    )
-
-
-def save_for_kohya(unet, adapter, path):
-    """Write what ComfyUI and A1111 take, in float16: kohya's keys, `lora_unet_ ... .lora_down.weight`, and alphas."""
-    config = unet.peft_config[adapter]
-    weights = {f"unet.{name}": tensor.half() for name, tensor in adapter_weights(unet, adapter).items()}
-    weights = convert_state_dict_to_kohya(weights)
-    alpha = torch.tensor(float(config.lora_alpha), dtype=torch.float16)
-    weights = {name: alpha.clone() if name.endswith(".alpha") else tensor for name, tensor in weights.items()}
-    metadata = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(config.r),
-        "ss_network_alpha": str(config.lora_alpha),
-    }
-    save_file(weights, path, metadata)
-
-
-def load_adapter(unet, adapter, folder):
-    """Read what `save_for_diffusers` wrote back into an adapter. Raises ValueError unless every key fits."""
-    weights = load_file(os.path.join(folder, DIFFUSERS_FILE))
-    weights = {name.removeprefix("unet."): tensor for name, tensor in weights.items()}
-    expected = get_peft_model_state_dict(unet, adapter_name=adapter)
-    if weights.keys() != expected.keys():
-        odd = sorted(weights.keys() ^ expected.keys())
-        raise ValueError(f"{DIFFUSERS_FILE} and the U-Net's adapter differ in {len(odd)} tensors, such as {odd[0]}")
-    set_peft_model_state_dict(unet, weights, adapter_name=adapter)
-
-
-class LoraModel:
-    """A LoRA that was trained, and its moving average if there is one, in the formats that people load.
-
-    `unet` is unwrapped; it holds the adapters. The moving average, if there is one, is what is exported. `scheduler`
-    fits it.
-    """
-
-    title = "An LCM-LoRA"
-    tags = ["lora", "latent-consistency-model", "stable-diffusion", "text-to-image"]
-    relation = "adapter"
-
-    def __init__(self, args, unet, scheduler):
-        self.args, self.unet, self.scheduler = args, unet, scheduler
-        self.exported = TRAINED if args.ema_decay is None else EMA
-        self.outputs = [DIFFUSERS_FILE, KOHYA_FILE, STUDENT_FOLDER, "scheduler"]
-
-    def gathered(self):
-        """The same: a LoRA is whole on every process."""
-        return self
-
-    def save(self, folder):
-        """Write what a checkpoint needs, and the scheduler, so that it can be sampled from, to `folder`."""
-        save_for_diffusers(self.unet, self.exported, folder)
-        if self.exported != TRAINED:
-            save_for_diffusers(self.unet, TRAINED, os.path.join(folder, STUDENT_FOLDER))
-        self.scheduler.save_pretrained(os.path.join(folder, "scheduler"))
-
-    def load(self, folder):
-        """Read what `save` wrote."""
-        load_adapter(self.unet, self.exported, folder)
-        if self.exported != TRAINED:
-            load_adapter(self.unet, TRAINED, os.path.join(folder, STUDENT_FOLDER))
-
-    def export(self, folder):
-        """Write the files for diffusers and for kohya's readers to `folder`."""
-        self.save(folder)
-        save_for_kohya(self.unet, self.exported, os.path.join(folder, KOHYA_FILE))
-
-    def describe(self, output_dir):
-        """Lines that say what `export` wrote."""
-        lines = [
-            f"{os.path.join(output_dir, DIFFUSERS_FILE)}: the LoRA for diffusers, float32",
-            f"{os.path.join(output_dir, KOHYA_FILE)}: the same for ComfyUI and A1111, float16",
-        ]
-        if self.exported != TRAINED:
-            lines.append(f"{os.path.join(output_dir, STUDENT_FOLDER)}: as the optimizer left it; the rest is its EMA")
-        return lines
-
-    def pushed_files(self, output_dir):
-        """What goes to the Hub, as {path in the repository: path here}."""
-        return {name: os.path.join(output_dir, name) for name in (DIFFUSERS_FILE, KOHYA_FILE)}
-
-    def usage_code(self, teacher, source, on_hub, machine):
-        """Python that samples with what lies at `source`, a repository or this run's output folder, on a Machine."""
-        args = self.args
-        return f"""\
-import torch
-from diffusers import DiffusionPipeline, LCMScheduler
-
-{machine.other_kind}
-pipeline = DiffusionPipeline.from_pretrained("{teacher}", {machine.dtype}){machine.move}
-pipeline.scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
-pipeline.load_lora_weights("{source}", weight_name="{DIFFUSERS_FILE}")
-
-# Guidance is part of what was learned: 1 adds none; from 1 to 2 a negative prompt has an effect.
-prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
-image = pipeline(prompt, num_inference_steps={min(4, args.num_ddim_timesteps)}, guidance_scale=1).images[0]
-image.save("lcm.png")
-"""
-
-    def card_text(self):
-        """A sentence on what it is and how it is used."""
-        return (
-            "This LoRA lets its base model, and other fine-tunes of it, sample in 1 to 8 steps. "
-            f"`{DIFFUSERS_FILE}` is for diffusers, `{KOHYA_FILE}` for ComfyUI and A1111."
-        )
-
-    def card_rows(self):
-        """Rows for the card's table on the training, as a dict."""
-        args = self.args
-        rows = {"LoRA": f"rank {args.lora_rank}, alpha {args.lora_alpha}, dropout {args.lora_dropout:g}"}
-        return rows if args.ema_decay is None else {**rows, "EMA decay": args.ema_decay}

@@ -7,6 +7,17 @@ import contextlib
 import re
 import sys
 
+
+def without_secrets(value):
+    """An option's value with the secrets in it redacted."""
+    if isinstance(value, list):
+        return [without_secrets(part) for part in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+def public_options(args):
+    """The options as a dict that may be logged, stored and shown: without secrets."""
+    return {name: without_secrets(value) for name, value in vars(args).items() if name != "hub_token"}
 # A word of a shell: quoted, plain, or both joined. Where it begins unquoted, a quote with a space after it may be the
 # end of what is around it, and is left alone.
 PLAIN = r"""(?:\\.|(?!::)[^\s&;|<>()'"\\])"""

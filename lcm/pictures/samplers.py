@@ -7,7 +7,7 @@ they are given: StableDiffusionPipeline overwrites `steps_offset` and `clip_samp
 
 import diffusers
 
-from lcm.options.groups import SCHEDULERS
+from lcm.options.choices import SCHEDULERS
 
 PROCESS = (
     "num_train_timesteps",

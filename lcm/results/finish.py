@@ -1,111 +1,20 @@
-"""What a run leaves behind: what was trained, the scheduler that fits, a model card, and all of it on the Hub.
+"""What a run leaves behind: what was trained, the scheduler that fits, a model card, and all of it on the Hub."""
 
-`FullModel` here and `LoraModel` in `models/lora.py` know the files of what was trained; `Export` writes, pushes them.
-"""
-
-import json
 import logging
 import os
 
-import torch
-from diffusers import UNet2DConditionModel
 from huggingface_hub import CommitOperationAdd, create_commit, create_repo
 
-from lcm.models import sharding as lcm_sharding
-from lcm.options.groups import UserError, default_guidance_scale, first_line, repository_name
+from lcm.errors import UserError, first_line
+from lcm.options.files import repository_name
 from lcm.pictures.validation import pages_of
-from lcm.results.card import Machine, draw_curves, model_card, report_name, teacher_name
-from lcm.run.checkpoints import whole_entries
-from lcm.run.progress import METRICS_FILE, MetricsFile
+from lcm.results.card import Machine, model_card, report_name, teacher_name
+from lcm.results.curves import CURVES_FILE, draw_curves
+from lcm.results.metrics import METRICS_FILE, MetricsFile
+from lcm.storage import whole_entries
 
 logger = logging.getLogger(__name__)
 
-CURVES_FILE = "training.png"
-
-
-class FullModel:
-    """A whole U-Net that was trained, and its moving average, in the layout of diffusers.
-
-    `networks` maps folder names to the models, unwrapped; `exported` names the one to sample from, which
-    `scheduler` fits.
-    """
-
-    title = "A latent consistency model"
-    tags = ["latent-consistency-model", "stable-diffusion", "text-to-image"]
-    relation = "finetune"
-
-    def __init__(self, args, networks, exported, scheduler):
-        self.args, self.networks, self.exported, self.scheduler = args, networks, exported, scheduler
-        self.outputs = [*networks, "scheduler"]
-
-    def gathered(self):
-        """The same with whole networks, where FSDP splits them over processes; all processes call this together, and
-        the first one's is of use."""
-        networks = {name: lcm_sharding.gathered(network) for name, network in self.networks.items()}
-        return FullModel(self.args, networks, self.exported, self.scheduler)
-
-    def save(self, folder):
-        """Write what a checkpoint needs, and the scheduler, so that it can be sampled from, to `folder`."""
-        for name, network in self.networks.items():
-            network.save_pretrained(os.path.join(folder, name))
-        self.scheduler.save_pretrained(os.path.join(folder, "scheduler"))
-
-    def load(self, folder):
-        """Read what `save` wrote."""
-        for name, network in self.networks.items():
-            saved = UNet2DConditionModel.from_pretrained(folder, subfolder=name)
-            lcm_sharding.load_weights(network, saved.state_dict())
-
-    def export(self, folder):
-        """Write each network to its own folder in `folder`, in float32 and as fp16 variant."""
-        self.save(folder)
-        for name, network in self.networks.items():
-            weights = {key: tensor.to("cpu", torch.float16) for key, tensor in network.state_dict().items()}
-            with torch.device("meta"):  # no second copy in float32, on the GPU or here
-                half = type(network).from_config(network.config)
-            half.load_state_dict(weights, assign=True)
-            half.save_pretrained(os.path.join(folder, name), variant="fp16")
-
-    def describe(self, output_dir):
-        """Lines that say what `export` wrote."""
-        names = ", ".join(os.path.join(output_dir, name) for name in self.networks)
-        return [f'{names}: the networks, also as variant="fp16"; use {self.exported}']
-
-    def pushed_files(self, output_dir):
-        """What goes to the Hub, as {path in the repository: path here}: the exported network lies in the root."""
-        folder = os.path.join(output_dir, self.exported)
-        return {name: os.path.join(folder, name) for name in sorted(os.listdir(folder))}
-
-    def usage_code(self, teacher, source, on_hub, machine):
-        """Python that samples from `source`, a repository if `on_hub`, else this run's output folder, on a Machine."""
-        args = self.args
-        where = "" if on_hub else f', subfolder="{self.exported}"'
-        where += ', variant="fp16"' if machine.device != "cpu" else ""
-        scale, steps = default_guidance_scale(args), min(4, args.num_ddim_timesteps)
-        return f"""\
-import torch
-from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
-
-{machine.other_kind}
-unet = UNet2DConditionModel.from_pretrained("{source}"{where}, {machine.dtype})
-scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
-pipeline = DiffusionPipeline.from_pretrained(
-    "{teacher}", unet=unet, scheduler=scheduler, {machine.dtype}
-){machine.move}
-
-# Trained for guidance scales from {args.w_min + 1:g} to {args.w_max + 1:g}; a negative prompt has no effect.
-prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
-image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={scale:g}).images[0]
-image.save("lcm.png")
-"""
-
-    def card_text(self):
-        """A sentence on what it is and how it is used."""
-        return "This U-Net samples in 1 to 8 steps. The guidance scale is one of its inputs and costs nothing extra."
-
-    def card_rows(self):
-        """Rows for the card's table on the training, as a dict."""
-        return {"guidance embedding": self.args.unet_time_cond_proj_dim, "EMA decay": self.args.ema_decay}
 
 
 class Export:

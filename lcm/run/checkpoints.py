@@ -5,7 +5,6 @@ newest complete one usable. In it: what is trained, in files that diffusers load
 every process, and `training_state.json`: the step, every process's place in the data, the options (never a token).
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -14,19 +13,16 @@ import shutil
 
 from accelerate.utils import RNG_STATE_NAME, SCALER_NAME, gather_object, load
 
-from lcm.models import sharding as lcm_sharding
-from lcm.options.groups import UserError, find_checkpoint, first_line, public_options, without_secrets
-from lcm.options.secrets import without_credentials
+from lcm.errors import UserError, first_line
+from lcm.models.sharding import is_sharded, load_state, save_state
+from lcm.options.files import find_checkpoint
+from lcm.options.secrets import public_options, without_credentials, without_secrets
+from lcm.storage import PARTIAL, publish, remove_folder, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
 RESUME, OVERRIDE = "--resume_from_checkpoint", "--resume_with_changed_options"
-UMASK = os.umask(0)
-os.umask(UMASK)  # it can only be read by setting it
-PARTIAL = ".partial"  # ends the name of a folder that is still being written, or removed
-EXPORT = "export"  # begins the name of the folder in which the results are written before they take their places
-
 # What may differ when a run goes on: where things go and are shown, how long it is, how much memory and patience it
 # takes. The memory savers change rounding at most.
 MAY_CHANGE_ON_RESUME = {
@@ -44,78 +40,6 @@ CANNOT_CHANGE = {"unet_time_cond_proj_dim", "lora_rank", "lora_target_modules", 
 DATA_ORDER = {"seed", "train_shards_path_or_url", "shuffle_buffer_size", "shuffle_buffer_mb"}
 # Which script saved a checkpoint that does not say so: each has these, or lacks them.
 TELLTALES = ("lora_rank", "unet_time_cond_proj_dim", "use_fix_crop_and_size")
-
-
-# Folders that are whole or absent.
-
-
-def sync_to_disk(path):
-    """Flush one file, or the entries of one folder; a file gets the permissions that new files have here.
-
-    safetensors makes files that nobody but their owner can read.
-    """
-    if os.path.isfile(path):
-        os.chmod(path, 0o666 & ~UMASK)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def publish(partial, path):
-    """Flush the complete folder or file `partial`, and give it the name `path` in place of what bore it."""
-    for parent, _, names in os.walk(partial):
-        for name in (*names, ""):
-            sync_to_disk(os.path.join(parent, name))
-    if os.path.isfile(partial):
-        sync_to_disk(partial)
-    replaced = path + ".old" + PARTIAL
-    shutil.rmtree(replaced, ignore_errors=True)
-    if os.path.isdir(path):
-        os.rename(path, replaced)
-    os.replace(partial, path)
-    sync_to_disk(os.path.dirname(path) or ".")
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def remove_folder(path):
-    """Remove a folder so that a half-removed one never bears its name."""
-    os.rename(path, path + PARTIAL)
-    shutil.rmtree(path + PARTIAL)
-
-
-def remove_leftovers(output_dir, names):
-    """Remove the unfinished folders of a run that was killed; put back one that was just being replaced.
-
-    Only checkpoints, folders called one of `names`, and what `whole_entries` made are ours to touch.
-    """
-    ours = re.compile(rf"(checkpoint-\d+|{EXPORT}|{'|'.join(map(re.escape, names))})(\.old)?{re.escape(PARTIAL)}")
-    for name in os.listdir(output_dir):
-        match, path = ours.fullmatch(name), os.path.join(output_dir, name)
-        if not os.path.isdir(path):  # all that is ours are folders
-            continue
-        if match and match[2] and not os.path.exists(os.path.join(output_dir, match[1])):
-            os.rename(path, os.path.join(output_dir, match[1]))
-        elif match:
-            shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def whole_entries(output_dir):
-    """Yield a folder to write into; each file and folder in it moves to `output_dir` if the block ends well."""
-    folder = os.path.join(output_dir, EXPORT + PARTIAL)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder)
-    try:
-        yield folder
-        for name in sorted(os.listdir(folder)):
-            publish(os.path.join(folder, name), os.path.join(output_dir, name))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-# Which checkpoint.
 
 
 def list_checkpoints(output_dir):
@@ -256,16 +180,16 @@ class Checkpoints:
         trained = self.trained.gathered()
         if self.accelerator.is_main_process:
             trained.save(folder)
-        if lcm_sharding.is_sharded(self.student):
-            lcm_sharding.save_state(self.accelerator, self.student, self.optimizer, folder)
+        if is_sharded(self.student):
+            save_state(self.accelerator, self.student, self.optimizer, folder)
         else:
             self.accelerator.save_state(folder)
 
     def load_state(self, folder):
         """Read what `save_state` wrote."""
         self.trained.load(folder)
-        if lcm_sharding.is_sharded(self.student):
-            lcm_sharding.load_state(self.accelerator, self.student, self.optimizer, folder)
+        if is_sharded(self.student):
+            load_state(self.accelerator, self.student, self.optimizer, folder)
         else:
             # accelerate would go on without random states that it cannot read.
             random_states = os.path.join(folder, f"{RNG_STATE_NAME}_{self.accelerator.process_index}.pkl")

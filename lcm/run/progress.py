@@ -6,130 +6,22 @@ step, and the host waits for the device once.
 """
 
 import contextlib
-import itertools
-import json
-import logging
 import math
-import os
 import resource
-import signal
-import threading
 import time
 
 import torch
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lcm.options.groups import AT_END, BEFORE_ERROR, UserError
-from lcm.run.start import samples_per_step
+from lcm.errors import AT_END, BEFORE_ERROR, UserError
+from lcm.results.metrics import MetricsFile
+from lcm.run.plan import samples_per_step
+from lcm.run.signals import StopSignals
 from lcm_common import relative_distance
 
-logger = logging.getLogger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
-IN_EVERY_ROW = {"step", "loss", "lr", "images_per_second"}  # of that file
-START_OF_A_ROW = '{"step": '
 MAX_SKIPPED_IN_A_ROW = 50  # the scaler halves its scale of 65536 at each: by then no scale is left
 QUARTERS = 4  # of the teacher's timesteps
-
-
-class StopSignals:
-    """SIGTERM and SIGINT. In the loop they ask for a checkpoint and a clean end after the current step; after it the
-    pictures and results are finished, which is all there is left to do. A second one ends at once.
-    """
-
-    def __init__(self, speaks, after_loop=False):
-        self.received, self.speaks, self.after_loop = None, speaks, after_loop
-        self.previous = {}
-        if threading.current_thread() is threading.main_thread():  # nowhere else can a handler be set
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous[number] = signal.signal(number, self.receive)
-
-    def receive(self, number, frame):
-        if self.received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.received = signal.Signals(number).name
-        if self.speaks:
-            what = "finishing the step, then saving a checkpoint"
-            if self.after_loop:
-                what = "all steps are done; finishing pictures, results and uploads"
-            words = f"\n{self.received}: {what}; once more ends at once\n"
-            with contextlib.suppress(OSError):  # a closed terminal must not cost the checkpoint
-                os.write(2, words.encode())  # not by `logging`, which may be in the middle of a line
-
-    def restore(self):
-        """Put the handlers of before back."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        self.previous = {}
-
-
-class MetricsFile:
-    """`metrics.jsonl` in the output folder: one JSON object a line, in the order of steps; written by one process."""
-
-    def __init__(self, output_dir):
-        self.path = os.path.join(output_dir, METRICS_FILE)
-        self.has_failed = False
-
-    def read(self):
-        """The rows, as dicts of numbers."""
-        return self.read_lines()[0]
-
-    def read_lines(self):
-        """The rows, as dicts of numbers, and how many lines are none; a row that a kill has cut does not count."""
-        rows, others = [], 0
-        if os.path.isfile(self.path):
-            with open(self.path, encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    try:
-                        row = json.loads(line)
-                    except ValueError:
-                        others += line.endswith("\n") or not line.startswith(START_OF_A_ROW[: len(line)])
-                        continue
-                    if is_row(row):
-                        rows.append(row)
-                    else:
-                        others += 1
-        return rows, others
-
-    def go_on_from(self, step):
-        """Drop the rows after `step`, which are about to be trained again, and those of an earlier run.
-
-        A file that holds anything else is another program's, or was edited: it is kept under another name.
-        """
-        try:
-            rows, others = self.read_lines()
-            if others:
-                kept = next(name for i in itertools.count(1) if not os.path.exists(name := f"{self.path}.{i}"))
-                os.rename(self.path, kept)
-                logger.warning("%d line(s) of %s are no metrics of a run; it is now %s", others, self.path, kept)
-            with open(self.path + ".partial", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
-            os.replace(file.name, self.path)
-        except OSError as error:
-            self.warn(error)
-
-    def append(self, row):
-        """Add one row."""
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            self.warn(error)
-
-    def warn(self, error):
-        """Log once that metrics cannot be written, as on a full disk: numbers are not worth a run."""
-        if not self.has_failed:
-            logger.warning("Metrics are not written to %s: %s", self.path, error)
-        self.has_failed = True
-
-
-def is_row(value):
-    """Whether the JSON value of a line is a row of `metrics.jsonl`."""
-    if not isinstance(value, dict) or not value.keys() >= IN_EVERY_ROW or type(value["step"]) is not int:
-        return False
-    return all(type(number) in (int, float) for number in value.values())
 
 
 def peak_memory(device):

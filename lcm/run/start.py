@@ -1,7 +1,4 @@
-"""The frame around a training loop: start-up, the optimizer, the log.
-
-Nothing here knows which script called it, or owns the loop over steps.
-"""
+"""The start and the end of a run: Accelerator, logs, seed, process group."""
 
 import gc
 import logging
@@ -17,13 +14,11 @@ import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 
-from lcm.options.groups import AT_END, UserError, first_line
+from lcm.errors import AT_END, UserError, first_line
 from lcm.run.checkpoints import check_resume, stored_seed
 
 logger = logging.getLogger(__name__)
 
-
-# Start-up.
 
 
 def start(args, can_shard=False):
@@ -112,16 +107,6 @@ def leave_process_group():
     PartialState().destroy_process_group()
 
 
-def set_length(args, num_processes):
-    """Fill in `max_train_steps` from epochs, and return the optimizer steps of one epoch (None without epochs)."""
-    if args.max_train_samples is None:
-        return None
-    batches = -(-args.max_train_samples // (args.train_batch_size * num_processes))
-    steps_per_epoch = -(-batches // args.gradient_accumulation_steps)
-    args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    return steps_per_epoch
-
-
 def step_generator(seed, rank, step, device):
     """A generator that is a function of (seed, process, forward pass): a resumed run draws what the first would have.
 
@@ -129,104 +114,3 @@ def step_generator(seed, rank, step, device):
     """
     state = np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
-
-
-# Optimization.
-
-
-def enable_memory_savers(args, accelerator, student, others):
-    """Gradient checkpointing for the student and, where it can be had, xformers' attention for all."""
-    if args.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        if accelerator.device.type != "cuda" or not diffusers.utils.is_xformers_available():
-            logger.warning(
-                "--enable_xformers_memory_efficient_attention: needs xformers and CUDA; using PyTorch's own attention"
-            )
-        else:
-            try:
-                for network in (student, *others):
-                    network.enable_xformers_memory_efficient_attention()
-            except Exception as error:  # built for another torch or GPU: diffusers' trial of it fails
-                for network in (student, *others):
-                    network.disable_xformers_memory_efficient_attention()
-                logger.warning("--enable_xformers_memory_efficient_attention: %s; using PyTorch's", first_line(error))
-
-
-def make_optimizer(args, parameters, num_processes):
-    """AdamW, or bitsandbytes' 8-bit AdamW, at the effective learning rate, which is logged."""
-    rate = args.learning_rate
-    if args.scale_lr:
-        rate *= num_processes * args.gradient_accumulation_steps * args.train_batch_size
-    if args.use_8bit_adam:
-        import bitsandbytes
-
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    else:
-        optimizer_class = torch.optim.AdamW
-    logger.info("Optimizer: %s, learning rate %g, %s", optimizer_class.__name__, rate, args.lr_scheduler)
-    return optimizer_class(
-        parameters,
-        lr=rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-
-
-def make_lr_scheduler(args, optimizer):
-    """The learning rate's course in optimizer steps. accelerate does not prepare it, and so does not multiply it."""
-    return diffusers.optimization.get_scheduler(
-        args.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
-
-
-# The log.
-
-
-def samples_per_step(args, accelerator):
-    """How many samples one optimizer step sees, over all processes."""
-    return args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-
-
-def describe_run(args, accelerator, student, solver, data_config, steps_per_epoch):
-    """Log what the run is about to do."""
-    trainable = sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6
-    parameters = sum(p.numel() for p in student.parameters()) / 1e6
-    total = samples_per_step(args, accelerator)
-    epochs = f", {args.max_train_steps / steps_per_epoch:.3g} epochs of {steps_per_epoch}" if steps_per_epoch else ""
-    guidance = f"w in [{args.w_min:g}, {args.w_max:g}]: guidance_scale {args.w_min + 1:g} to {args.w_max + 1:g}"
-    for line in (
-        f"Teacher: {args.pretrained_teacher_model}; {trainable:.2f} M trainable parameters of {parameters:.2f} M",
-        f"Device: {accelerator.device}, {accelerator.num_processes} process(es), "
-        f"mixed precision {accelerator.mixed_precision}",
-        f"Batch: {args.train_batch_size} samples x {accelerator.num_processes} processes "
-        f"x {args.gradient_accumulation_steps} accumulated = {total} a step",
-        f"Length: {args.max_train_steps} steps = {args.max_train_steps * total} samples{epochs}",
-        f"Data: {len(data_config.shards)} shard(s), {data_config.num_streams} stream(s), {args.resolution} x "
-        f"{args.resolution} pixels, seed {args.seed}",
-        f"Host memory for data, a process: up to {data_config.max_bytes / 1e9:.2g} GB, "
-        f"{data_config.streams_per_process} x {data_config.shuffle_buffer_mb:g} MB of it for --shuffle_buffer_mb",
-        f"Distillation: {args.num_ddim_timesteps} DDIM steps, {guidance}, {args.loss_type} loss",
-    ):
-        logger.info(line)
-    if not solver.reaches_end:
-        logger.warning(
-            "--num_ddim_timesteps: %d does not divide the teacher's timesteps, so the grid ends early, at t = %d; "
-            "the saved scheduler samples on the same grid",
-            args.num_ddim_timesteps,
-            solver.timesteps[-1],
-        )
-    low, high = args.w_min + 1, args.w_max + 1
-    outside = [scale for scale in args.validation_guidance_scale or () if not low <= scale <= high]
-    if outside and hasattr(args, "unet_time_cond_proj_dim"):  # guidance is an input; of a LoRA it is not
-        logger.warning(
-            "--validation_guidance_scale: %s lies outside of [%g, %g], w_min + 1 to w_max + 1: the student is not "
-            "trained for it",
-            ", ".join(f"{scale:g}" for scale in outside),
-            low,
-            high,
-        )

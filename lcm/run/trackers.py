@@ -11,11 +11,10 @@ import os
 import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from lcm.options.groups import first_line, public_options
-from lcm.options.secrets import redacted_command_line
+from lcm.errors import first_line
+from lcm.options.secrets import public_options, redacted_command_line
 
 logger = logging.getLogger(__name__)
-
 
 # How a run is gone on with, where its tracker can: what the tracker calls the run, and what opens it again.
 # TensorBoard needs neither: its run is a folder.

@@ -1,0 +1,58 @@
+"""What decides which batches a run sees, and in which order."""
+
+from dataclasses import dataclass
+
+BATCHES_AHEAD = 2  # that a data worker makes before they are asked for; the DataLoader's default
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What decides which batches a run sees, and in which order."""
+
+    shards: tuple[str, ...]  # local paths, http(s):// or pipe: addresses, without braces
+    batch_size: int
+    resolution: int  # pixels, both sides
+    seed: int
+    interpolation_type: str = "bilinear"
+    center_crop: bool = False
+    random_flip: bool = False
+    proportion_empty_prompts: float = 0.0
+    caption_key: str = "caption"  # in the JSON, for samples without a caption file
+    width_key: str | None = None  # in the JSON; None measures the picture
+    height_key: str | None = None
+    min_image_size: int = 0  # pixels, of the shorter side
+    max_watermark_probability: float | None = None  # against `pwatermark` in the JSON
+    shuffle_buffer_size: int = 1000  # samples a block
+    shuffle_buffer_mb: float = 512.0  # 10^6 bytes, after which a block ends early
+    shard_timeout: float = 300.0  # seconds without a byte
+    num_workers: int = 0
+    rank: int = 0
+    num_processes: int = 1
+
+    @property
+    def streams_per_process(self):
+        return max(1, self.num_workers)
+
+    @property
+    def num_streams(self):
+        return self.num_processes * self.streams_per_process
+
+    @property
+    def max_bytes(self):
+        """What the streams of a process may hold: blocks of encoded samples, and batches of pixels ahead of use."""
+        batch = 3 * self.resolution**2 * self.batch_size
+        ahead = 1 + BATCHES_AHEAD * (self.num_workers > 0)
+        return self.streams_per_process * (self.shuffle_buffer_mb * 1e6 + ahead * batch)
+
+
+def data_config(args, shards, accelerator):
+    """The options' and the process's DataConfig; `shards` come from `expand_shards`."""
+    names = DataConfig.__dataclass_fields__.keys() & vars(args).keys()
+    return DataConfig(
+        shards=shards,
+        batch_size=args.train_batch_size,
+        num_workers=args.dataloader_num_workers,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        **{name: getattr(args, name) for name in names},
+    )

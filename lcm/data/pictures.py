@@ -1,0 +1,66 @@
+"""From the bytes of a picture to pixels: decoding, orientation, resizing, cropping."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_ASPECT_RATIO = 16  # resizing a thinner picture to the resolution would take gigabytes
+INTERPOLATION = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "nearest": Image.Resampling.NEAREST,
+    "nearest_exact": Image.Resampling.NEAREST,  # Pillow's nearest is already the exact one
+    "hamming": Image.Resampling.HAMMING,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+class Unusable(Exception):
+    """Raised while a sample is decoded; carries the reason under which it is counted."""
+
+
+def open_image(data):
+    """Decode a picture as 8-bit RGB: upright after EXIF, 16-bit greys scaled, transparency over white.
+
+    Raises Unusable for anything that is not one whole picture, and for what Pillow holds for a decompression bomb;
+    MemoryError is no fault of the picture's, and is raised.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            raise Unusable("picture too thin", f"{image.width} x {image.height}")
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise Unusable("picture too large", str(error)) from None
+    except (Unusable, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on broken input
+        raise Unusable("picture unreadable", str(error) or type(error).__name__) from None
+
+
+def transform(image, config, rng):
+    """Resize the shorter side to the resolution, crop a square, perhaps mirror it.
+
+    Returns ((3, H, W) uint8 array, (crop top, crop left)), the crop in pixels of the picture as resized and mirrored.
+    """
+    resolution, shorter = config.resolution, min(image.size)
+    width, height = (int(resolution * side / shorter) for side in image.size)  # rounded as torchvision's `resize`
+    if (width, height) != image.size:
+        image = image.resize((width, height), INTERPOLATION[config.interpolation_type])
+    if config.center_crop:
+        left, top = (width - resolution) // 2, (height - resolution) // 2
+    else:
+        left, top = rng.integers(width - resolution + 1), rng.integers(height - resolution + 1)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    if config.random_flip and rng.random() < 0.5:
+        image, left = ImageOps.mirror(image), width - resolution - left
+    return np.asarray(image).transpose(2, 0, 1), (int(top), int(left))

@@ -1,0 +1,70 @@
+"""Parts of a pretrained model, from a folder or the Hub; what is wrong with them becomes a UserError of one line."""
+
+import diffusers
+import torch
+from packaging import version
+
+from lcm.errors import UserError, first_line
+
+OPTION = "--pretrained_teacher_model"
+# What diffusers' `from_pretrained` calls it, which until 0.40 did not know `dtype`.
+DTYPE = "dtype" if version.parse(diffusers.__version__) >= version.parse("0.40") else "torch_dtype"
+
+
+def weight_dtype(accelerator):
+    """The dtype of frozen weights: that of the mixed precision, float32 without one or where a CPU cannot."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type != "cpu":
+        return torch.float16
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+
+
+def load_pretrained(loader, option, source, **kwargs):
+    """`loader.from_pretrained(source, **kwargs)`; the message of a failure begins with `option`.
+
+    Any failure becomes a UserError of one line: a wrong folder, a broken file, no network, no access.
+    """
+    subfolder = kwargs.get("subfolder")
+    where = f"{source!r}" + (f", part {subfolder!r}" if subfolder else "")
+    if kwargs.get("revision") is not None:
+        where += f" at revision {kwargs['revision']!r}"
+    if "dtype" in kwargs and issubclass(loader, diffusers.ModelMixin):
+        kwargs[DTYPE] = kwargs.pop("dtype")
+    has_weights = issubclass(loader, torch.nn.Module)
+    if has_weights:
+        kwargs["output_loading_info"] = True
+    try:
+        part = loader.from_pretrained(source, **kwargs)
+    except Exception as error:  # the libraries raise nearly anything for a broken folder
+        raise UserError(f"{option}: cannot load {where}: {first_line(error)}") from error
+    if has_weights:
+        part, info = part
+        if info["missing_keys"]:  # the libraries would make them up
+            missing = sorted(info["missing_keys"])
+            raise UserError(f"{option}: cannot load {where}: {len(missing)} weights are missing, such as {missing[0]}")
+    return part
+
+
+def load_part(loader, args, subfolder, path=None, **kwargs):
+    """`load_pretrained` for one part of the teacher, or for the VAE at `path`."""
+    if path is None:
+        kwargs["revision"] = args.teacher_revision or args.revision
+    option = "--pretrained_vae_model_name_or_path" if path else OPTION
+    source = path or args.pretrained_teacher_model
+    return load_pretrained(loader, option, source, subfolder=subfolder, cache_dir=args.cache_dir, **kwargs)
+
+
+def load_config(loader, args, subfolder=None):
+    """The configuration file of one part of the teacher, or its `model_index.json`, as a dict."""
+    where = f"{args.pretrained_teacher_model!r}, part {subfolder or 'model_index.json'!r}"
+    try:
+        config = loader.load_config(
+            args.pretrained_teacher_model,
+            subfolder=subfolder,
+            cache_dir=args.cache_dir,
+            revision=args.teacher_revision or args.revision,
+        )
+    except Exception as error:
+        raise UserError(f"{OPTION}: cannot load {where}: {first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{OPTION}: cannot load {where}: its JSON is no object, but {type(config).__name__}")
+    return config

@@ -1,0 +1,64 @@
+"""Parsing with the checks that concern several options, or need the file system."""
+
+import importlib.util
+import os
+
+from lcm.options.choices import TRACKERS
+from lcm.options.files import existing_parent, find_checkpoint, is_repository_name, read_prompts, repository_name
+from lcm.options.types import Options
+
+
+def parse(parser, argv=None):
+    """Parse and check; on a wrong option print one line that begins with its name, and exit with status 2."""
+    args = parser.parse_args(argv, Options())
+    args.script = parser.prog
+    args.defaults = {name: parser.get_default(name) for name in vars(args)}
+    args.left_at_default = {name for name, value in vars(args).items() if value == args.defaults[name]}
+
+    def need(condition, option, message):
+        if not condition:
+            parser.error(f"{option}: {message}")
+
+    need(args.w_min <= args.w_max, "--w_min", f"{args.w_min:g} given; allowed: at most --w_max, {args.w_max:g}")
+    need(args.resolution % 8 == 0, "--resolution", f"{args.resolution} given; allowed: multiples of 8")
+    need(args.max_train_steps or args.max_train_samples, "--max_train_steps",
+         "not given; allowed: a number of steps, or --max_train_samples for the length of an epoch")
+    for name, other in (("width_key", "height_key"), ("height_key", "width_key")):
+        value = getattr(args, name)
+        need(value is None or getattr(args, other) is not None, f"--{name}",
+             f"{value!r} given without --{other}; allowed: both or neither")
+    most = max(args.validation_num_inference_steps)
+    need(most <= args.num_ddim_timesteps, "--validation_num_inference_steps",
+         f"{most} given; allowed: at most --num_ddim_timesteps, {args.num_ddim_timesteps}")
+    need(not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes"), "--use_8bit_adam",
+         "the package bitsandbytes is not installed")
+    need(args.report_to in ("all", "none") or any(map(importlib.util.find_spec, TRACKERS[args.report_to])),
+         "--report_to", f"{args.report_to} given, but the package {args.report_to} is not installed")
+    need(args.report_to in ("tensorboard", "none") or not args.hub_token, "--hub_token",
+         "trackers may record it with the command line; use `hf auth login` or HF_TOKEN instead")
+    name = repository_name(args)
+    need(not args.push_to_hub or is_repository_name(name), "--hub_model_id",
+         f"{name!r} is no name on the Hub; allowed: NAME or USER/NAME, of letters, digits, -, _ and .")
+    for option, folder in (("output_dir", args.output_dir), ("cache_dir", args.cache_dir),
+                           ("logging_dir", os.path.join(args.output_dir, args.logging_dir))):
+        existing, given = existing_parent(folder or "."), getattr(args, option)
+        need(os.path.isdir(existing), f"--{option}",
+             f"{given!r} given, but {existing!r} is a file; allowed: a folder, or a path where one can be made")
+        need(option == "cache_dir" or os.access(existing, os.W_OK | os.X_OK), f"--{option}",
+             f"{given!r} given, but {existing!r} cannot be written to; allowed: a folder that can")
+    resume = args.resume_from_checkpoint
+    need(resume in (None, "latest") or find_checkpoint(args.output_dir, resume), "--resume_from_checkpoint",
+         f"{resume!r} is neither a folder in {args.output_dir!r} nor a path; allowed: latest, or a folder")
+    need(resume or not args.resume_with_changed_options, "--resume_with_changed_options",
+         "given without --resume_from_checkpoint; allowed: both, or neither")
+    args.validation_prompts = read_prompts(parser, "--validation_prompts", args.validation_prompts)
+    if args.validation_teacher_steps is None:
+        args.validation_teacher_steps = sorted({most, 25})
+    if args.local_rank != -1:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    return args
+
+
+def default_guidance_scale(args):
+    """What a pipeline is given where nobody asks for more: 7.5, moved into the range of the training."""
+    return min(max(7.5, args.w_min + 1), args.w_max + 1)

@@ -1,0 +1,109 @@
+"""The parser, and the types of option values."""
+
+import argparse
+import difflib
+import math
+import os
+import re
+
+from lcm.options.secrets import redact
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line that begins with the option."""
+
+    def error(self, message):
+        message = re.sub(r"^argument (--\w+)(/[^:]+)?: ", r"\1: ", message)
+        message = re.sub(r"^the following arguments are required: (.+)$", r"\1: required, but not given", message)
+        message = re.sub(r"^(--\w+): ignored explicit argument (.+)$", r"\1: \2 given; allowed: no value", message)
+        ambiguous = re.match(r"^ambiguous option: ([^\s=]+)\S* could match (.+)$", message)
+        if ambiguous:  # without the value, which may be a token
+            message = f"{ambiguous[1]}: ambiguous; allowed: {ambiguous[2]}"
+        unknown = re.match(r"^unrecognized arguments: (\S+)", message)
+        if unknown:
+            name = unknown[1].split("=")[0]
+            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            message = f"{name}: no such option" + (f"; did you mean {close[0]}?" if close else "; see --help")
+        self.exit(2, redact(message).replace("\n", " ") + "\n")
+
+
+class Options(argparse.Namespace):
+    """A script's options, as `vars()` has them; and beside them, for a resume: the file name of the `script`, the
+    parser's `defaults` by name, and the names of those `left_at_default`, also where a value is filled in later."""
+
+    __slots__ = ("defaults", "left_at_default", "script")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's line breaks and adds each default that is worth saying."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or action.required:
+            return action.help
+        if isinstance(action.default, list):
+            quoted = (f'"{value}"' if isinstance(value, str) else f"{value:g}" for value in action.default)
+            return f"{action.help} (default: {' '.join(quoted)})"
+        return super()._get_help_string(action)
+
+
+def integer(low, high=None):
+    """An argparse type: an integer in [low, high]."""
+    allowed = f"an integer from {low} to {high}" if high is not None else f"an integer of at least {low}"
+
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{text!r} given; allowed: {allowed}")
+        return value
+
+    return parse
+
+
+def number(low, high=math.inf, below=math.inf, above=-math.inf):
+    """An argparse type: a finite number in [low, high], smaller than `below` and larger than `above`."""
+    upper = f" and at most {high:g}" if high < math.inf else f" and less than {below:g}" if below < math.inf else ""
+    allowed = (f"a number larger than {above:g}" if above > -math.inf else f"a number of at least {low:g}") + upper
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and above < value < below and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} given; allowed: {allowed}")
+        return value
+
+    return parse
+
+
+def sizes(value):
+    """An argparse type: `1024x1024,1280x768` or `1024` as a list of (width, height) in pixels, multiples of 8."""
+    found = [re.fullmatch(r"(\d+)(?:x(\d+))?", part.strip()) for part in value.split(",")]
+    pairs = [(int(match[1]), int(match[2] or match[1])) for match in found if match]
+    if len(pairs) < len(found) or not all(side >= 8 and side % 8 == 0 for pair in pairs for side in pair):
+        raise argparse.ArgumentTypeError(
+            f"{value!r} given; allowed: WIDTHxHEIGHT, or one number, in multiples of 8, joined by commas"
+        )
+    return pairs
+
+
+def text(value):
+    """An argparse type: some text. An empty one is most often a variable of the shell that is not set."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError(f"{value!r} given; allowed: some text")
+    return value
+
+
+def names(value):
+    """An argparse type: names joined by commas."""
+    if not all(name.strip() for name in value.split(",")):
+        raise argparse.ArgumentTypeError(f"{value!r} given; allowed: names joined by commas, none of them empty")
+    return value
+
+
+def make_parser(description, script=None):
+    """An empty parser with the script's docstring as its description, and its file name as the program's."""
+    return Parser(script and os.path.basename(script), description=description, formatter_class=HelpFormatter)

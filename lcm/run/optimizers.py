@@ -1,0 +1,40 @@
+"""The optimizer, and the schedule of its learning rate."""
+
+import logging
+
+import diffusers
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+
+def make_optimizer(args, parameters, num_processes):
+    """AdamW, or bitsandbytes' 8-bit AdamW, at the effective learning rate, which is logged."""
+    rate = args.learning_rate
+    if args.scale_lr:
+        rate *= num_processes * args.gradient_accumulation_steps * args.train_batch_size
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer_class = bitsandbytes.optim.AdamW8bit
+    else:
+        optimizer_class = torch.optim.AdamW
+    logger.info("Optimizer: %s, learning rate %g, %s", optimizer_class.__name__, rate, args.lr_scheduler)
+    return optimizer_class(
+        parameters,
+        lr=rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def make_lr_scheduler(args, optimizer):
+    """The learning rate's course in optimizer steps. accelerate does not prepare it, and so does not multiply it."""
+    return diffusers.optimization.get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
