@@ -19,8 +19,8 @@ from lcm.errors import BEFORE_ERROR, UserError, first_line, run
 from lcm.options.choices import SCHEDULERS, VALIDATION_PROMPTS
 from lcm.options.files import read_prompts
 from lcm.options.groups import add_model_options
-from lcm.options.secrets import redact_arguments
 from lcm.options.types import integer, make_parser, number
+from lcm.secrets import redact_arguments
 
 MANY, FEW = "ddim", "ddim-trailing"  # on the teacher's own timesteps; one step on the usual, "leading", says nothing
 GRID_ROWS, LARGEST_CELL = 5, 256  # of grid.png: prompts, and pixels a side of a picture

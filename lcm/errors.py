@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 
-from lcm.options.secrets import redact
+from lcm.secrets import redact
 
 BEFORE_ERROR = []  # callables that `run` calls before it prints an error; the progress bar puts its `close` here
 AT_END = []  # and those that it calls when all that `train` built is gone

@@ -7,7 +7,7 @@ import logging
 import time
 import urllib.request
 
-from lcm.options.secrets import redact
+from lcm.secrets import redact
 
 logger = logging.getLogger(__name__)
 

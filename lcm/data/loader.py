@@ -19,7 +19,7 @@ from lcm.data.shards import CAPTION_SUFFIXES, IMAGE_SUFFIXES
 from lcm.data.stream import Stream
 from lcm.data.tally import Tally, describe
 from lcm.errors import UserError, first_line
-from lcm.options.secrets import redact
+from lcm.secrets import redact
 
 logger = logging.getLogger(__name__)
 

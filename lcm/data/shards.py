@@ -19,7 +19,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 from lcm.data.commands import open_url
 from lcm.data.http import HttpFile
 from lcm.errors import UserError
-from lcm.options.secrets import redact
+from lcm.secrets import redact
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from lcm.data.shards import IMAGE_SUFFIXES, Problem, expand_shards, read_shard
 from lcm.data.tally import describe
 from lcm.errors import UserError, first_line
 from lcm.models.loading import load_pretrained
-from lcm.options.secrets import redact
+from lcm.secrets import redact
 
 logger = logging.getLogger(__name__)
 

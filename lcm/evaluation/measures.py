@@ -13,7 +13,7 @@ import transformers
 
 from lcm.errors import UserError, first_line
 from lcm.evaluation.features import Clip, features_of, load_feature_network, load_function, reference_pictures
-from lcm.options.secrets import redact
+from lcm.secrets import redact
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import math
 import os
 import re
 
-from lcm.options.secrets import redact
+from lcm.secrets import redact
 
 
 class Parser(argparse.ArgumentParser):

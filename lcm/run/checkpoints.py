@@ -16,7 +16,7 @@ from accelerate.utils import RNG_STATE_NAME, SCALER_NAME, gather_object, load
 from lcm.errors import UserError, first_line
 from lcm.models.sharding import is_sharded, load_state, save_state
 from lcm.options.files import find_checkpoint
-from lcm.options.secrets import public_options, without_credentials, without_secrets
+from lcm.secrets import public_options, without_credentials, without_secrets
 from lcm.storage import PARTIAL, publish, remove_folder, remove_leftovers
 
 logger = logging.getLogger(__name__)

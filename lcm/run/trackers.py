@@ -12,7 +12,7 @@ import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from lcm.errors import first_line
-from lcm.options.secrets import public_options, redacted_command_line
+from lcm.secrets import public_options, redacted_command_line
 
 logger = logging.getLogger(__name__)
 

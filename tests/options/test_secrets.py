@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import evaluate_lcm
+from lcm import secrets
 from lcm.data.http import HttpFile, split_login
 from lcm.data.shards import expand_shards, read_shard
 from lcm.errors import UserError, run
-from lcm.options import secrets
-from lcm.options.secrets import redact, without_credentials
+from lcm.secrets import redact, without_credentials
 
 S = "S3cr3t-Value_0123"  # in every row of the table
 

@@ -13,8 +13,8 @@ import torch
 from conftest import SCRIPTS, common_options
 
 from lcm.errors import UserError
-from lcm.options.secrets import public_options
 from lcm.run import checkpoints
+from lcm.secrets import public_options
 
 CHANGED = "--resume_with_changed_options"
 REFUSED, WARNED, SILENT = "refused", "warned", "silent"
