@@ -16,7 +16,7 @@ import shlex
 import sys
 
 from lcm.errors import UserError, first_line, run
-from lcm.options.choices import SCHEDULERS, VALIDATION_PROMPTS
+from lcm.options.choices import SAMPLERS, VALIDATION_PROMPTS
 from lcm.options.files import read_prompts
 from lcm.options.groups import add_model_options
 from lcm.options.types import integer, make_parser, number
@@ -58,7 +58,7 @@ def parse_args(argv=None):
         help="Few steps, for the teacher and for everything trained.")
     add("--teacher_num_inference_steps", type=integer(1, 1000), default=50, metavar="STEPS",
         help="Many steps, for the teacher alone: what the others are to come near.")
-    add("--teacher_scheduler", choices=[*(name for name in SCHEDULERS if name != "lcm"), "own"],
+    add("--teacher_scheduler", choices=[*(name for name in SAMPLERS if name != "lcm"), "own"],
         help="The teacher's sampler; `own` is the one it comes with, `ddim` spaces the timesteps as that does. If "
              f"unset: {MANY} for many steps, {FEW} for few.")
     add("--guidance_scale", type=number(1), default=7.5, metavar="SCALE",

@@ -1,9 +1,11 @@
 """The optimizer, and the schedule of its learning rate."""
 
+import importlib
 import logging
 
 import diffusers
-import torch
+
+from lcm.options.choices import OPTIMIZERS
 
 logger = logging.getLogger(__name__)
 
@@ -14,12 +16,8 @@ def make_optimizer(args, plan, parameters):
     rate = args.learning_rate
     if args.scale_lr:
         rate *= plan.samples_per_step
-    if args.use_8bit_adam:
-        import bitsandbytes
-
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    else:
-        optimizer_class = torch.optim.AdamW
+    module, name = OPTIMIZERS["adamw_8bit" if args.use_8bit_adam else "adamw"]
+    optimizer_class = getattr(importlib.import_module(module), name)
     logger.info("Optimizer: %s, learning rate %g, %s", optimizer_class.__name__, rate, args.lr_scheduler)
     return optimizer_class(
         parameters,

@@ -16,6 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broad
 
 from lcm.data.shards import expand_shards
 from lcm.errors import UserError, first_line
+from lcm.options.choices import PRECISIONS
 from lcm.run.checkpoints import check_resume, stored_seed
 from lcm.run.plan import make_plan
 
@@ -89,8 +90,9 @@ def refuse_what_cannot_run(accelerator, can_shard):
             f"one process, or several with DistributedDataParallel; {more}"
         )
     precision, passes = accelerator.mixed_precision, accelerator.gradient_accumulation_steps
-    if precision not in ("no", "fp16", "bf16"):
-        raise UserError(f"--mixed_precision: `accelerate config` says {precision}; allowed: no, fp16, bf16")
+    if precision not in PRECISIONS:
+        allowed = ", ".join(PRECISIONS)
+        raise UserError(f"--mixed_precision: `accelerate config` says {precision}; allowed: {allowed}")
     if passes < 1:
         raise UserError(f"--gradient_accumulation_steps: `accelerate config` says {passes}; allowed: at least 1")
 
