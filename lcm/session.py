@@ -1,19 +1,28 @@
 """One training run but for the passes of Algorithm 1: what comes before, around and after them."""
 
 import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
 
 from lcm.data.config import data_config
 from lcm.data.loader import TrainingData
+from lcm.models.family import Family
+from lcm.models.networks import Networks
 from lcm.models.speed import enable_memory_savers
+from lcm.options.types import Options
 from lcm.pictures.samplers import lcm_scheduler
 from lcm.pictures.validation import Validation
 from lcm.results.finish import Results
 from lcm.run.checkpoints import Checkpoints, TrainingState
 from lcm.run.optimizers import make_lr_scheduler, make_optimizer
-from lcm.run.plan import describe_run
+from lcm.run.plan import Plan, describe_run
 from lcm.run.progress import Progress
 from lcm.run.start import leave_process_group, step_generator
 from lcm.run.trackers import Trackers
+from lcm_common import DDIMSolver
 
 
 class Session:
@@ -23,7 +32,15 @@ class Session:
     each optimizer step, and `finish` at the end. `optimizer` is the one to step. All processes call all methods.
     """
 
-    def __init__(self, accelerator, args, plan, family, networks, solver):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        args: Options,
+        plan: Plan,
+        family: Family,
+        networks: Networks,
+        solver: DDIMSolver,
+    ):
         self.accelerator, self.args, self.plan, self.networks = accelerator, args, plan, networks
         enable_memory_savers(args, accelerator, networks)
         self.data = TrainingData(data_config(args, plan, accelerator.process_index), accelerator.device)
@@ -36,13 +53,13 @@ class Session:
         self.checkpoints = Checkpoints(accelerator, args, plan, trackers, state)
         self.validation = Validation(accelerator, args, plan, trackers, family, networks)
         self.results = Results(accelerator, args, plan, trackers, networks, sampler)
-        describe_run(args, plan, accelerator, networks, solver, self.data.config)
+        describe_run(args, plan, accelerator.device, networks, solver, self.data.config)
         self.step = self.checkpoints.resume()  # finished optimizer steps
         trackers.start(self.step)
         self.validation.draw_teacher(self.step)
         self.progress = Progress(accelerator, args, plan, trackers, len(solver.alphas), self.step)
 
-    def batches(self):
+    def batches(self) -> Iterator[tuple[dict[str, Any], torch.Generator]]:
         """Yield (batch, generator) for each forward pass, until the last step or a stop signal.
 
         The generator's draws are a function of the seed, the process and the pass. When an optimizer step is done, its
@@ -60,21 +77,21 @@ class Session:
                     if self.step == self.plan.max_train_steps or self.progress.stopping:
                         return
 
-    def record(self, losses, t):
+    def record(self, losses: torch.Tensor, t: torch.Tensor) -> None:
         """Keep the losses of one pass and their timesteps, both (B,), for the metrics."""
         self.progress.add_losses(losses, t)
 
-    def check(self, gradient_norm):
+    def check(self, gradient_norm: torch.Tensor) -> None:
         """Share losses and the stop flag. Raises UserError, on all processes, if loss or norm are not finite."""
         with self.closing_on_error():
             self.progress.check(self.step + 1, gradient_norm, self.networks.weights, self.networks.averaged)
 
     @property
-    def step_was_taken(self):
+    def step_was_taken(self) -> bool:
         """Whether the weights have just changed: not while gradients accumulate, nor where fp16 overflowed."""
         return self.accelerator.sync_gradients and not self.accelerator.optimizer_step_was_skipped
 
-    def end_step(self):
+    def end_step(self) -> None:
         """What follows an optimizer step: learning rate, metrics, and at times a checkpoint and pictures."""
         learning_rate = self.lr_scheduler.get_last_lr()[0]
         if self.step_was_taken:
@@ -89,7 +106,7 @@ class Session:
             self.validation.run(self.step)
         self.progress.restart_clock()
 
-    def finish(self):
+    def finish(self) -> Callable[[], None]:
         """Draw, save and publish what was trained; or, after a stop signal, say how to resume.
 
         Returns a function that ends the process group, to be called once the networks are freed.
@@ -104,8 +121,8 @@ class Session:
         return leave_process_group
 
     @contextlib.contextmanager
-    def closing_on_error(self):
-        """End the progress bar and give signals back before an error is shown."""
+    def closing_on_error(self) -> Iterator[None]:
+        """Close the progress bar and restore the signal handlers before an error is shown."""
         try:
             yield
         except BaseException:

@@ -1,18 +1,21 @@
-"""The optimizer, and the schedule of its learning rate."""
+"""The optimizer, and its learning rate schedule."""
 
 import importlib
 import logging
 
 import diffusers
+import torch
 
 from lcm.options.choices import OPTIMIZERS
+from lcm.options.types import Options
+from lcm.run.plan import Plan
 
 logger = logging.getLogger(__name__)
 
 
 
-def make_optimizer(args, plan, parameters):
-    """AdamW, or bitsandbytes' 8-bit AdamW, at the effective learning rate, which is logged."""
+def make_optimizer(args: Options, plan: Plan, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' 8-bit AdamW. Logs the effective learning rate."""
     rate = args.learning_rate
     if args.scale_lr:
         rate *= plan.samples_per_step
@@ -28,7 +31,9 @@ def make_optimizer(args, plan, parameters):
     )
 
 
-def make_lr_scheduler(args, plan, optimizer):
+def make_lr_scheduler(
+    args: Options, plan: Plan, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate's schedule in optimizer steps. accelerate, which would multiply them, does not prepare it."""
     return diffusers.optimization.get_scheduler(
         args.lr_scheduler,

@@ -1,10 +1,18 @@
-"""What is in effect in a run, where the options leave it open or the launcher decides."""
+"""What is in effect in a run: what the options leave open, and what the launcher decides."""
 
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+from accelerate import Accelerator
+
+from lcm.data.config import DataConfig
+from lcm.models.networks import Networks
+from lcm.options.types import Options
 from lcm.secrets import public_options
+from lcm_common import DDIMSolver
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +30,7 @@ class Plan:
     samples_per_step: int  # over all processes and accumulated passes
     shards: tuple[str, ...]  # addresses without braces
 
-    def options(self, args):
+    def options(self, args: Options) -> dict[str, Any]:
         """The options in effect, as a dict that may be logged, stored and shown: without secrets."""
         return public_options(args) | {
             "seed": self.seed,
@@ -32,8 +40,8 @@ class Plan:
         }
 
 
-def make_plan(args, accelerator, seed, shards):
-    """The Plan of the options on this accelerator."""
+def make_plan(args: Options, accelerator: Accelerator, seed: int, shards: tuple[str, ...]) -> Plan:
+    """The Plan for these options and this Accelerator."""
     passes = accelerator.gradient_accumulation_steps
     samples_per_pass = args.train_batch_size * accelerator.num_processes
     steps_per_epoch = None
@@ -51,8 +59,10 @@ def make_plan(args, accelerator, seed, shards):
     )
 
 
-def describe_run(args, plan, accelerator, networks, solver, data_config):
-    """Log what the run is about to do."""
+def describe_run(
+    args: Options, plan: Plan, device: torch.device, networks: Networks, solver: DDIMSolver, data_config: DataConfig
+) -> None:
+    """Log what the run will do: models, device, batches, length, data, memory, method."""
     parameters = sum(p.numel() for p in networks.student.parameters()) / 1e6
     trainable = sum(p.numel() for p in networks.student.parameters() if p.requires_grad) / 1e6
     steps, epoch = plan.max_train_steps, plan.steps_per_epoch
@@ -60,7 +70,7 @@ def describe_run(args, plan, accelerator, networks, solver, data_config):
     guidance = f"w in [{args.w_min:g}, {args.w_max:g}]: guidance_scale {args.w_min + 1:g} to {args.w_max + 1:g}"
     for line in (
         f"Teacher: {args.pretrained_teacher_model}; {trainable:.2f} M trainable parameters of {parameters:.2f} M",
-        f"Device: {accelerator.device}, {plan.num_processes} process(es), mixed precision {plan.mixed_precision}",
+        f"Device: {device}, {plan.num_processes} process(es), mixed precision {plan.mixed_precision}",
         f"Batch: {args.train_batch_size} samples x {plan.num_processes} processes "
         f"x {plan.gradient_accumulation_steps} accumulated = {plan.samples_per_step} a step",
         f"Length: {steps} steps = {steps * plan.samples_per_step} samples{epochs}",

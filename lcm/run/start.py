@@ -1,4 +1,4 @@
-"""The start and the end of a run: Accelerator, logs, seed, process group."""
+"""The start and the end of a run: Accelerator, logs, seeds, process group."""
 
 import gc
 import logging
@@ -17,22 +17,23 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broad
 from lcm.data.shards import expand_shards
 from lcm.errors import UserError, first_line
 from lcm.options.choices import PRECISIONS
-from lcm.run.checkpoints import check_resume, stored_seed
-from lcm.run.plan import make_plan
+from lcm.options.types import Options
+from lcm.run.plan import Plan, make_plan
+from lcm.run.resume import check_resume, stored_seed
 
 logger = logging.getLogger(__name__)
 
 
 
-def start(args, can_shard=False):
+def start(args: Options, can_shard: bool = False) -> tuple[Accelerator, Plan]:
     """(Accelerator, Plan) of a run, with logs set up, seeds set, and the output folder made.
 
-    `can_shard` says whether FSDP can split the script's networks over processes. Raises UserError if `accelerate`
-    refuses the combination of options and hardware, or was configured for what the script cannot do; for a checkpoint
-    to resume that is of another run; for shards that are not there.
+    `can_shard` says whether FSDP can shard the script's networks. Raises UserError if accelerate refuses the options
+    on this hardware, or was configured for what the scripts cannot do; if shards are missing; if the checkpoint to
+    resume is of a run with other options.
     """
     accelerator = make_accelerator(args)
-    refuse_what_cannot_run(accelerator, can_shard)
+    check_accelerator(accelerator, can_shard)
     set_up_logs(accelerator.is_main_process)
     seed = args.seed
     if seed is None:
@@ -61,15 +62,15 @@ def start(args, can_shard=False):
     return accelerator, plan
 
 
-def make_accelerator(args):
-    """The Accelerator, as options and `accelerate config` say. Raises UserError if accelerate refuses them."""
+def make_accelerator(args: Options) -> Accelerator:
+    """The Accelerator for the options and `accelerate config`. Raises UserError if accelerate refuses them."""
     try:
         return Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
-            # Processes wait for the main one while it saves and draws; the default would end them after 10 minutes.
+            # Processes wait for the main one while it saves and draws; the default timeout is 10 minutes.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
     except (ValueError, RuntimeError, ImportError) as error:
@@ -79,12 +80,12 @@ def make_accelerator(args):
         ) from None
 
 
-def refuse_what_cannot_run(accelerator, can_shard):
-    """Raise UserError if `accelerate config` asks for what the scripts cannot do."""
+def check_accelerator(accelerator: Accelerator, can_shard: bool) -> None:
+    """Raise UserError if `accelerate config` asks for something that the scripts cannot do."""
     kind = accelerator.distributed_type.value
     is_fsdp2 = kind == "FSDP" and accelerator.is_fsdp2
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA") and not (is_fsdp2 and can_shard):
-        more = "or FSDP with fsdp_version: 2" if can_shard else "a LoRA needs no FSDP: the whole of it fits on one GPU"
+        more = "or FSDP with fsdp_version: 2" if can_shard else "a LoRA needs no FSDP: it fits on one GPU"
         raise UserError(
             f"accelerate config: {kind}{' version 1' * (kind == 'FSDP' and not is_fsdp2)} is not supported; allowed: "
             f"one process, or several with DistributedDataParallel; {more}"
@@ -97,8 +98,8 @@ def refuse_what_cannot_run(accelerator, can_shard):
         raise UserError(f"--gradient_accumulation_steps: `accelerate config` says {passes}; allowed: at least 1")
 
 
-def set_up_logs(is_main):
-    """Log to standard error, on the main process everything, on others errors; the libraries only warn."""
+def set_up_logs(is_main: bool) -> None:
+    """Log to standard error: on the main process everything, on others errors. Libraries log warnings only."""
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
@@ -114,20 +115,20 @@ def set_up_logs(is_main):
     diffusers.utils.logging.disable_progress_bar()
 
 
-def leave_process_group():
-    """Leave the other processes, after all that `train` built is freed.
+def leave_process_group() -> None:
+    """Leave the process group. To be called after the objects of `train` are freed.
 
-    In the other order, that of `Accelerator.end_training`, DistributedDataParallel is the one to free the group. Then
-    torch 2.13's gloo waits, with the interpreter's lock in hand, for a thread of its own that waits for that lock.
+    In the other order, that of `Accelerator.end_training`, DistributedDataParallel frees the group. Then gloo in
+    torch 2.13 can deadlock: it holds the GIL and waits for a thread of its own that waits for the GIL.
     """
-    gc.collect()  # networks are parts of reference cycles
+    gc.collect()  # networks are in reference cycles
     PartialState().destroy_process_group()
 
 
-def step_generator(seed, rank, step, device):
-    """A generator that is a function of (seed, process, forward pass): a resumed run draws what the first would have.
+def step_generator(seed: int, rank: int, step: int, device: torch.device | str) -> torch.Generator:
+    """A generator that is a function of (seed, process, forward pass), so that a resumed run has the same draws.
 
-    Mixed by numpy's SeedSequence, so that neighbours are unrelated.
+    numpy's SeedSequence mixes the three, so that generators of neighbours are unrelated.
     """
     state = np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))

@@ -575,7 +575,7 @@ def latest(change):
     return prepare
 
 
-NOT_OURS, CANNOT_LOAD, ANOTHER_RUN = "is not one of ours", "cannot load", "the checkpoint was trained with"
+NOT_OURS, CANNOT_LOAD, ANOTHER_RUN = "is not one of our checkpoints", "cannot load", "the checkpoint was trained with"
 CHECKPOINTS = [
     Case("resume-empty-folder", RESUME, NOT_OURS, prepare=empty_checkpoint, scripts=ALL),
     *(resume(f"state-{content}", RESUME, NOT_OURS, write(STATE, content))

@@ -69,7 +69,7 @@ def test_a_signal_is_taken_where_nothing_can_be_printed(monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(lcm_signals.os, "write", gone)
-    signals = lcm_signals.StopSignals(speaks=True)
+    signals = lcm_signals.StopSignals(prints=True)
     try:
         signal.raise_signal(signal.SIGTERM)
         assert signals.received == "SIGTERM"

@@ -548,7 +548,7 @@ def test_resume_by_name_by_path_and_from_elsewhere(run, tmp_path, monkeypatch):
         ("named", "latest", "named/checkpoint-4"),
     ):
         resumed = run(*unbroken, f"--resume_from_checkpoint={checkpoint}", folder=Path(out))
-        assert f"Going on from {found}\n" in resumed.log
+        assert f"Resuming from {found}\n" in resumed.log
         assert [step for step, _ in resumed.steps] == ([] if checkpoint == "latest" else [3, 4])
         assert resumed.steps == straight.steps[-len(resumed.steps) :] or checkpoint == "latest"
         assert same(straight, resumed)

@@ -17,7 +17,7 @@ from lcm import storage
 from lcm.data import loader
 from lcm.models.family import SDXL, StableDiffusion
 from lcm.pictures import validation
-from lcm.run import checkpoints, progress
+from lcm.run import checkpoints, progress, resume
 from lcm.run import start as lcm_start
 from train_lcm_distill_sd_wds import load_networks, main, parse_args
 
@@ -435,7 +435,7 @@ def test_old_checkpoints_survive_a_failed_save(teacher, shards, tmp_path, monkey
         main(sd_options(teacher, shards, tmp_path, "--checkpointing_steps=2", "--checkpoints_total_limit=1"))
     assert exit_info.value.code == 1
     assert "No space left" in capsys.readouterr().err
-    assert checkpoints.list_checkpoints(tmp_path) == [str(tmp_path / "checkpoint-2")]
+    assert resume.list_checkpoints(tmp_path) == [str(tmp_path / "checkpoint-2")]
 
 
 def run_with_scaler(monkeypatch, options, overflows):
