@@ -8,14 +8,15 @@ BIN := .venv/bin
 
 # Every script end to end, its files in diffusers, resuming, uploads, data, evaluation.
 OLDEST_TESTS := \
-	tests/test_common.py tests/test_lora.py tests/test_teacher.py \
-	tests/test_train.py::test_output_and_checkpoint_sample_in_the_stock_pipeline \
-	"tests/test_train.py::test_killed_and_resumed_equals_unbroken[lora_sd]" \
-	"tests/test_train.py::test_closing_lines_can_be_run[lora_sdxl]" \
-	"tests/test_train.py::test_public_command_and_what_it_pushes[sdxl]" \
-	tests/test_data.py::test_picture_formats tests/test_data.py::test_what_cannot_be_used_is_counted \
-	tests/test_data.py::test_a_pipe tests/test_data.py::test_resume_is_exact_with_workers \
-	tests/test_evaluate.py::test_pictures_are_those_of_the_readmes_code tests/test_evaluate.py::test_clip
+	tests/test_common.py tests/models/test_lora.py tests/models/test_teacher.py \
+	tests/scripts/test_train.py::test_output_and_checkpoint_sample_in_the_stock_pipeline \
+	"tests/scripts/test_train.py::test_killed_and_resumed_equals_unbroken[lora_sd]" \
+	"tests/scripts/test_train.py::test_closing_lines_can_be_run[lora_sdxl]" \
+	"tests/scripts/test_train.py::test_public_command_and_what_it_pushes[sdxl]" \
+	tests/data/test_data.py::test_picture_formats tests/data/test_data.py::test_what_cannot_be_used_is_counted \
+	tests/data/test_data.py::test_a_pipe tests/data/test_data.py::test_resume_is_exact_with_workers \
+	tests/evaluation/test_evaluate.py::test_pictures_are_those_of_the_readmes_code \
+	tests/evaluation/test_evaluate.py::test_clip
 
 .PHONY: demo demo-lora test test-oldest lint
 

@@ -6,9 +6,6 @@ import sys
 
 from lcm.secrets import redact
 
-BEFORE_ERROR = []  # callables that `run` calls before it prints an error; the progress bar puts its `close` here
-AT_END = []  # and those that it calls when all that `train` built is gone
-
 
 class UserError(Exception):
     """Something the user can mend; scripts print it in one line and exit with status 1."""
@@ -22,24 +19,20 @@ def first_line(error):
 def run(train, args, interrupted="Stopped before the first step."):
     """Call `train(args)`; a UserError becomes one line on standard error and exit status 1.
 
-    `interrupted` is what Ctrl-C prints; a training run takes it as a signal from its first step to its end.
+    If `train` returns a function, it is called once the objects of `train` are freed. `interrupted` is what Ctrl-C
+    prints; a training run takes it as a signal from its first step to its end.
     """
     # What the libraries say while they are imported (absent torchvision, absent kernels) concerns nothing here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    BEFORE_ERROR.clear()
-    AT_END.clear()
     try:
-        train(args)
+        at_end = train(args)
     except UserError as error:
-        for call in BEFORE_ERROR:
-            call()
         print(redact(str(error)).replace("\n", " "), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
-    BEFORE_ERROR.clear()  # the last reference to what the run built
-    for call in AT_END:
-        call()
+    if at_end is not None:
+        at_end()

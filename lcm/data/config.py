@@ -45,14 +45,15 @@ class DataConfig:
         return self.streams_per_process * (self.shuffle_buffer_mb * 1e6 + ahead * batch)
 
 
-def data_config(args, shards, accelerator):
-    """The options' and the process's DataConfig; `shards` come from `expand_shards`."""
-    names = DataConfig.__dataclass_fields__.keys() & vars(args).keys()
+def data_config(args, plan, rank):
+    """The DataConfig of the options for one process; `plan` has the shards, the seed and the number of processes."""
+    names = DataConfig.__dataclass_fields__.keys() & vars(args).keys() - {"seed"}
     return DataConfig(
-        shards=shards,
+        shards=plan.shards,
+        seed=plan.seed,
         batch_size=args.train_batch_size,
         num_workers=args.dataloader_num_workers,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
+        rank=rank,
+        num_processes=plan.num_processes,
         **{name: getattr(args, name) for name in names},
     )

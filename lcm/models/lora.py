@@ -45,7 +45,7 @@ def find_targets(unet, option):
     return targets
 
 
-def add_adapters(unet, args):
+def add_adapters(unet, args, seed):
     """Freeze the U-Net and give it a trainable adapter, and with `--ema_decay` its moving average as another one.
 
     The start is a function of the seed, the same on every process: A at random, B zero, so that the student is the
@@ -56,7 +56,7 @@ def add_adapters(unet, args):
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are what we want
         for name in (EMA, TRAINED) if args.ema_decay is not None else (TRAINED,):  # the last one stays active
-            torch.manual_seed(args.seed)
+            torch.manual_seed(seed)
             unet.add_adapter(
                 LoraConfig(
                     r=args.lora_rank,

@@ -1,12 +1,15 @@
-"""What was trained, whole U-Nets or a LoRA: its files, and how they are used."""
+"""Teacher, student and target, for a whole U-Net and for a LoRA: their weights, files, and how these are used."""
 
+import contextlib
+import copy
 import json
 import os
+from functools import cached_property, partial
 
 import torch
 from diffusers import UNet2DConditionModel
 
-from lcm.models.lora import EMA, TRAINED
+from lcm.models.lora import EMA, TRAINED, adapter_parameters
 from lcm.models.lora_files import (
     DIFFUSERS_FILE,
     KOHYA_FILE,
@@ -15,47 +18,125 @@ from lcm.models.lora_files import (
     save_for_diffusers,
     save_for_kohya,
 )
-from lcm.models.sharding import gathered, load_weights
+from lcm.models.sharding import gathered, is_sharded, load_weights, shard_like_student
 from lcm.options.checks import default_guidance_scale
 
 
-class FullModel:
-    """A whole U-Net that was trained, and its moving average, in the layout of diffusers.
+class Networks:
+    """Teacher, student and target of a run, and the files of what was trained.
 
-    `networks` maps folder names to the models, unwrapped; `exported` names the one to sample from, which
-    `scheduler` fits.
+    `teacher`, `student` and `target` are called as a UNet2DConditionModel is; after `prepare` the student is the one
+    that accelerate wrapped, and `unet` the same without wrappers. `networks` are all U-Nets in memory, each once.
+    `weights` and `averaged` are the parameters of the student and of its EMA by the same names, once the student is
+    prepared; the second is empty without an EMA. For pictures, `teacher_view` and the values of `views`, by label,
+    return a context manager: entering it gives a U-Net ready for sampling, leaving it restores the training state.
+    `outputs` are the names that a run writes in the output folder.
     """
+
+    title: str  # of the model card, as are:
+    tags: list
+    relation: str  # of base and result, in the Hub's terms
+    takes_guidance: bool  # whether the guidance scale is an input of the student
+    outputs: list
+
+    def __init__(self, args, teacher, student, target):
+        self.args, self.teacher, self.student, self.target = args, teacher, student, target
+        self.unet = student
+
+    def trainable_parameters(self):
+        """The parameters that the optimizer is given, in a list."""
+        return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+
+    def prepare(self, accelerator, optimizer):
+        """Have accelerate wrap the student for the processes of this run; returns the wrapped optimizer."""
+        self.student, optimizer = accelerator.prepare(self.student, optimizer)
+        # Without the wrappers of DistributedDataParallel and torch.compile: the same weights under their plain names.
+        self.unet = accelerator.unwrap_model(self.student, keep_torch_compile=False)
+        return optimizer
+
+    @property
+    def is_sharded(self):
+        """Whether FSDP splits the weights over processes; all of them have to call the networks together then."""
+        return is_sharded(self.student)
+
+    def gathered(self):
+        """The same with complete weights, for files. All processes call this together; the first one's is of use."""
+        return self
+
+
+@contextlib.contextmanager
+def eval_mode(network):
+    """Yield a network in eval mode; its mode is restored afterwards."""
+    was_training = network.training
+    try:
+        yield network.eval()
+    finally:
+        network.train(was_training)
+
+
+class WholeUNet(Networks):
+    """A whole U-Net that is trained, and its EMA, which is the target. Files are in the layout of diffusers."""
 
     title = "A latent consistency model"
     tags = ["latent-consistency-model", "stable-diffusion", "text-to-image"]
     relation = "finetune"
+    takes_guidance = True
+    exported = "unet_target"  # the folder of the network to sample from
+    outputs = ["unet", exported, "scheduler"]
 
-    def __init__(self, args, networks, exported, scheduler):
-        self.args, self.networks, self.exported, self.scheduler = args, networks, exported, scheduler
-        self.outputs = [*networks, "scheduler"]
+    @property
+    def networks(self):
+        return [self.student, self.teacher, self.target]
+
+    @property
+    def saved(self):
+        """{folder: network}"""
+        return {"unet": self.unet, self.exported: self.target}
+
+    @property
+    def teacher_view(self):
+        return partial(eval_mode, self.teacher)
+
+    @cached_property
+    def weights(self):
+        return dict(self.unet.named_parameters())
+
+    @cached_property
+    def averaged(self):
+        return dict(self.target.named_parameters())
+
+    @property
+    def views(self):
+        return {"student": partial(eval_mode, self.unet), "EMA": partial(eval_mode, self.target)}
+
+    def prepare(self, accelerator, optimizer):
+        """Have accelerate wrap the student, and shard the target in the same way; returns the wrapped optimizer."""
+        optimizer = super().prepare(accelerator, optimizer)
+        if self.is_sharded:
+            self.target = shard_like_student(accelerator, self.target)
+        return optimizer
 
     def gathered(self):
-        """The same with whole networks, where FSDP splits them over processes; all processes call this together, and
-        the first one's is of use."""
-        networks = {name: gathered(network) for name, network in self.networks.items()}
-        return FullModel(self.args, networks, self.exported, self.scheduler)
+        """The same with complete weights, for files. All processes call this together; the first one's is of use."""
+        complete = copy.copy(self)
+        complete.unet, complete.target = gathered(self.unet), gathered(self.target)
+        return complete
 
     def save(self, folder):
-        """Write what a checkpoint needs, and the scheduler, so that it can be sampled from, to `folder`."""
-        for name, network in self.networks.items():
+        """Write what a checkpoint needs to `folder`."""
+        for name, network in self.saved.items():
             network.save_pretrained(os.path.join(folder, name))
-        self.scheduler.save_pretrained(os.path.join(folder, "scheduler"))
 
     def load(self, folder):
         """Read what `save` wrote."""
-        for name, network in self.networks.items():
+        for name, network in self.saved.items():
             saved = UNet2DConditionModel.from_pretrained(folder, subfolder=name)
             load_weights(network, saved.state_dict())
 
     def export(self, folder):
         """Write each network to its own folder in `folder`, in float32 and as fp16 variant."""
         self.save(folder)
-        for name, network in self.networks.items():
+        for name, network in self.saved.items():
             weights = {key: tensor.to("cpu", torch.float16) for key, tensor in network.state_dict().items()}
             with torch.device("meta"):  # no second copy in float32, on the GPU or here
                 half = type(network).from_config(network.config)
@@ -64,7 +145,7 @@ class FullModel:
 
     def describe(self, output_dir):
         """Lines that say what `export` wrote."""
-        names = ", ".join(os.path.join(output_dir, name) for name in self.networks)
+        names = ", ".join(os.path.join(output_dir, name) for name in self.saved)
         return [f'{names}: the networks, also as variant="fp16"; use {self.exported}']
 
     def pushed_files(self, output_dir):
@@ -104,32 +185,47 @@ image.save("lcm.png")
         return {"guidance embedding": self.args.unet_time_cond_proj_dim, "EMA decay": self.args.ema_decay}
 
 
-class LoraModel:
-    """A LoRA that was trained, and its moving average if there is one, in the formats that people load.
+class Lora(Networks):
+    """A LoRA that is trained in the teacher's own U-Net, and its EMA if there is one, in the formats that people load.
 
-    `unet` is unwrapped; it holds the adapters. The moving average, if there is one, is what is exported. `scheduler`
-    fits it.
+    `student` holds the adapters; `teacher` and `target` are AdapterViews of it. The EMA, if there is one, is exported.
     """
 
     title = "An LCM-LoRA"
     tags = ["lora", "latent-consistency-model", "stable-diffusion", "text-to-image"]
     relation = "adapter"
+    takes_guidance = False
+    outputs = [DIFFUSERS_FILE, KOHYA_FILE, STUDENT_FOLDER, "scheduler"]
 
-    def __init__(self, args, unet, scheduler):
-        self.args, self.unet, self.scheduler = args, unet, scheduler
+    def __init__(self, args, teacher, student, target):
+        super().__init__(args, teacher, student, target)
         self.exported = TRAINED if args.ema_decay is None else EMA
-        self.outputs = [DIFFUSERS_FILE, KOHYA_FILE, STUDENT_FOLDER, "scheduler"]
 
-    def gathered(self):
-        """The same: a LoRA is whole on every process."""
-        return self
+    @property
+    def networks(self):
+        return [self.student]
+
+    @property
+    def teacher_view(self):
+        return self.teacher.active
+
+    @property
+    def views(self):
+        return {"LoRA": self.target.active}
+
+    @cached_property
+    def weights(self):
+        return adapter_parameters(self.unet, TRAINED)
+
+    @cached_property
+    def averaged(self):
+        return adapter_parameters(self.unet, EMA)
 
     def save(self, folder):
-        """Write what a checkpoint needs, and the scheduler, so that it can be sampled from, to `folder`."""
+        """Write what a checkpoint needs to `folder`."""
         save_for_diffusers(self.unet, self.exported, folder)
         if self.exported != TRAINED:
             save_for_diffusers(self.unet, TRAINED, os.path.join(folder, STUDENT_FOLDER))
-        self.scheduler.save_pretrained(os.path.join(folder, "scheduler"))
 
     def load(self, folder):
         """Read what `save` wrote."""

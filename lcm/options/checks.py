@@ -56,6 +56,7 @@ def parse(parser, argv=None):
         args.validation_teacher_steps = sorted({most, 25})
     if args.local_rank != -1:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    args.freeze()
     return args
 
 

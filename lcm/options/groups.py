@@ -5,7 +5,7 @@ A script picks the groups it needs and passes its own defaults where the four sc
 
 import argparse
 
-from lcm.options.choices import TRACKERS, VALIDATION_PROMPTS
+from lcm.options.choices import INTERPOLATIONS, LOSSES, LR_SCHEDULES, PRECISIONS, TRACKERS, VALIDATION_PROMPTS
 from lcm.options.types import integer, names, number, sizes, text
 
 
@@ -63,7 +63,7 @@ def add_data_options(parser, resolution, max_watermark_probability=None):
     add("--resolution", type=integer(8), default=resolution, metavar="PIXELS",
         help="Pictures are resized so that their shorter side has this length, then cropped to a square.")
     add("--interpolation_type", default="bilinear",
-        choices=["bilinear", "bicubic", "box", "nearest", "nearest_exact", "hamming", "lanczos"],
+        choices=INTERPOLATIONS,
         help="How Pillow resizes.")
     add("--center_crop", action="store_true",
         help="Crop the middle; otherwise the crop's place is random.")
@@ -116,10 +116,10 @@ def add_training_options(parser):
     add("--scale_lr", action="store_true",
         help="Multiply the learning rate by processes x accumulation x batch size.")
     add("--lr_scheduler", default="constant",
-        choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
-        help="Course of the learning rate. `constant` has no warm-up.")
+        choices=LR_SCHEDULES,
+        help="Schedule of the learning rate. `constant` has no warm-up.")
     add("--lr_warmup_steps", type=integer(0), default=500, metavar="STEPS",
-        help="Optimizer steps over which the rate rises from 0, for every course but `constant`.")
+        help="Optimizer steps over which the rate rises from 0, for every schedule but `constant`.")
     add("--use_8bit_adam", action="store_true",
         help="bitsandbytes' 8-bit AdamW: a quarter of the optimizer's memory.")
     add("--adam_beta1", type=number(0, below=1), default=0.9, metavar="BETA",
@@ -144,7 +144,7 @@ def add_distillation_options(parser, w_min, vae_encode_batch_size):
         help="Largest guidance weight; w is drawn evenly between the two.")
     add("--num_ddim_timesteps", type=integer(1, 1000), default=50, metavar="N",
         help="Points of the teacher's DDIM grid. The student learns to jump along the grid, and to sample on it.")
-    add("--loss_type", default="l2", choices=["l2", "huber"],
+    add("--loss_type", default="l2", choices=LOSSES,
         help="Squared error, or sqrt(d^2 + c^2) - c, which outliers sway less.")
     add("--huber_c", type=number(0, high=1e6, above=0), default=0.001, metavar="C",
         help="The c of the Huber loss.")
@@ -194,7 +194,7 @@ def add_sdxl_options(group):
 def add_precision_options(parser):
     group = parser.add_argument_group("precision, memory and speed")
     add = group.add_argument
-    add("--mixed_precision", choices=["no", "fp16", "bf16"],
+    add("--mixed_precision", choices=PRECISIONS,
         help="Precision of the networks' arithmetic. If unset, what `accelerate config` says. Trained weights stay "
              "float32. fp16 needs a GPU.")
     add("--allow_tf32", action="store_true",

@@ -7,7 +7,7 @@ they are given: StableDiffusionPipeline overwrites `steps_offset` and `clip_samp
 
 import diffusers
 
-from lcm.options.choices import SCHEDULERS
+from lcm.options.choices import SAMPLERS
 
 PROCESS = (
     "num_train_timesteps",
@@ -24,7 +24,7 @@ COMMON_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # DDPM
 
 
 def make_scheduler(name, reference, **settings):
-    """A new scheduler: one of `SCHEDULERS`, or for "own" a copy of `reference` without clipping.
+    """A new scheduler: one of `SAMPLERS`, or for "own" a copy of `reference` without clipping.
 
     `reference` is the noise schedule that was trained with, or the teacher's own scheduler. Its betas, its prediction
     type and, where the sampler has none of its own, its spacing of the timesteps are taken over. So are values that
@@ -38,7 +38,7 @@ def make_scheduler(name, reference, **settings):
     config["num_train_timesteps"] = len(reference.betas)  # `trained_betas` decide T, whatever the config says
     if name == "own":
         return type(reference).from_config({**config, **NO_CLIPPING}, **settings)
-    kind, options = SCHEDULERS[name]
+    kind, options = SAMPLERS[name]
     config = {key: config[key] for key in (*PROCESS, *SPACING) if key in config}
     if config["beta_schedule"] not in COMMON_BETA_SCHEDULES and config.get("trained_betas") is None:
         # As they were before they were rescaled, so that the sampler does that itself, and knows of it.

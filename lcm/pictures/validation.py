@@ -4,7 +4,6 @@ The training run is not disturbed: the noise comes from a generator of its own, 
 so that pictures can be compared, and train or eval mode is put back.
 """
 
-import contextlib
 import logging
 import os
 import re
@@ -29,16 +28,6 @@ def pages_of(output_dir, step):
         if match:
             found[int(match[1] or 0)] = os.path.join(folder, name)
     return [path for _, path in sorted(found.items())]
-
-
-@contextlib.contextmanager
-def eval_mode(network):
-    """Yield a network in eval mode; its mode is put back afterwards."""
-    was_training = network.training
-    try:
-        yield network.eval()
-    finally:
-        network.train(was_training)
 
 
 @dataclass(frozen=True)
@@ -66,33 +55,20 @@ class Column:
 class Validation:
     """Draws the validation prompts and gives the pictures to the trackers and to `output_dir/validation`.
 
-    `make_pipeline(unet=unet, scheduler=scheduler)` returns a pipeline around both with everything else in place; the
-    schedulers are made from `noise_schedule`. `teacher`, and the values of `networks` with their labels as keys, are
-    callables that return a context manager, as `eval_mode` with a network filled in: it yields an unwrapped U-Net that
-    is ready to sample, and puts everything back. `teacher_guidance_scales` are those of `networks` if unset.
-    `together`: all processes have to call those of `networks`, since each holds a part of their weights.
+    `family` makes the pipelines, `networks` has the views of the U-Nets that are drawn with.
     """
 
-    def __init__(
-        self,
-        accelerator,
-        args,
-        trackers,
-        make_pipeline,
-        noise_schedule,
-        teacher,
-        networks,
-        teacher_guidance_scales=None,
-        together=False,
-    ):
+    def __init__(self, accelerator, args, plan, trackers, family, networks):
         self.accelerator, self.args, self.trackers = accelerator, args, trackers
-        self.make_pipeline, self.noise_schedule = make_pipeline, noise_schedule
-        self.teacher, self.networks, self.together = teacher, networks, together
+        self.family, self.networks, self.seed = family, networks, plan.seed
         self.guidance_scales = args.validation_guidance_scale or [default_guidance_scale(args)]
-        self.teacher_guidance_scales = teacher_guidance_scales or self.guidance_scales
+        # A LoRA learns the guidance of the default scale, and is sampled without.
+        self.teacher_guidance_scales = (
+            self.guidance_scales if networks.takes_guidance else [default_guidance_scale(args)]
+        )
         sizes = args.validation_resolution or [(args.resolution, args.resolution)]
         self.rows = [
-            Row(prompt, size, (args.seed + i) % 2**32)
+            Row(prompt, size, (plan.seed + i) % 2**32)
             for prompt in args.validation_prompts
             for size in sizes
             for i in range(args.num_validation_images)
@@ -117,10 +93,10 @@ class Validation:
         pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
         return pipeline.image_processor.postprocess(pixels.float())[0]
 
-    def draw(self, network, columns, scheduler):
-        """{column: its pictures from top to bottom} of one network; the pipeline may change `scheduler`."""
-        with network() as unet:
-            pipeline = self.make_pipeline(unet=unet, scheduler=scheduler)
+    def draw(self, view, columns, scheduler):
+        """{column: its pictures from top to bottom} of one view of the networks; may change `scheduler`."""
+        with view() as unet:
+            pipeline = self.family.pipeline(unet, scheduler)
             pipeline.set_progress_bar_config(disable=True)
             return {column: [self.sample(pipeline, row, column) for row in self.rows] for column in columns}
 
@@ -133,9 +109,9 @@ class Validation:
                 for scale in self.teacher_guidance_scales
                 for steps in self.args.validation_teacher_steps
             ]
-            scheduler = make_scheduler("ddim-trailing", self.noise_schedule)
+            scheduler = make_scheduler("ddim-trailing", self.family.noise_schedule)
             try:
-                self.teacher_columns = self.draw(self.teacher, columns, scheduler)
+                self.teacher_columns = self.draw(self.networks.teacher_view, columns, scheduler)
             except Exception as error:  # out of memory, more steps than the schedule has
                 logger.warning("No pictures of the teacher: %s", first_line(error))
             self.trackers.log_pictures(self.captioned(self.teacher_columns), step)
@@ -146,12 +122,12 @@ class Validation:
 
         The main process draws and the others wait for it. A failure is logged: pictures are not worth a run.
         """
-        if self.accelerator.is_main_process or self.together:
+        if self.accelerator.is_main_process or self.networks.is_sharded:
             counts, drawn = self.args.validation_num_inference_steps, {}
             try:
-                for name, network in self.networks.items():
+                for name, view in self.networks.views.items():
                     columns = [Column(name, n, s) for s in self.guidance_scales for n in counts]
-                    drawn |= self.draw(network, columns, lcm_scheduler(self.noise_schedule, self.args))
+                    drawn |= self.draw(view, columns, lcm_scheduler(self.family.noise_schedule, self.args))
                 if self.accelerator.is_main_process:
                     self.show(step, drawn)
             except Exception as error:  # out of memory, a full disk
@@ -201,7 +177,7 @@ class Validation:
         if len({other.size for other in self.rows}) > 1:
             lines.append(f"{row.size[0]} x {row.size[1]}")
         if self.args.num_validation_images > 1:
-            lines.append(f"noise {(row.seed - self.args.seed) % 2**32 + 1}")
+            lines.append(f"noise {(row.seed - self.seed) % 2**32 + 1}")
         return "\n".join(lines)
 
     def captioned(self, columns):

@@ -80,8 +80,8 @@ def report_name(folder, kind):
                 return name
 
 
-def model_card(args, trained, code, steps, pictures):
-    """The model card: what this is, how to sample from it (`code`), how it was trained.
+def model_card(args, plan, networks, code, steps, pictures):
+    """The model card: what the networks are, how to sample from them (`code`), how they were networks.
 
     `pictures` has the addresses of those that there are: `validation`, one for each page, `training`.
     """
@@ -89,22 +89,22 @@ def model_card(args, trained, code, steps, pictures):
     data = ModelCardData(
         license=None if is_local else base_licence(args),
         base_model=None if is_local else args.pretrained_teacher_model,
-        base_model_relation=None if is_local else trained.relation,
+        base_model_relation=None if is_local else networks.relation,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=trained.tags,
+        tags=networks.tags,
     )
     options = {
         "optimizer steps": steps,
-        "samples a step and process": args.train_batch_size * args.gradient_accumulation_steps,
+        "samples a step and process": args.train_batch_size * plan.gradient_accumulation_steps,
         "resolution": args.resolution,
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}",
         "guidance_scale": f"{args.w_min + 1:g} to {args.w_max + 1:g} (w = {args.w_min:g} to {args.w_max:g})",
         "DDIM grid": f"{args.num_ddim_timesteps} steps",
         "loss": args.loss_type + (f", c = {args.huber_c:g}" if args.loss_type == "huber" else ""),
-        **trained.card_rows(),
-        "mixed precision": args.mixed_precision,
-        "seed": args.seed,
+        **networks.card_rows(),
+        "mixed precision": plan.mixed_precision,
+        "seed": plan.seed,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in options.items())
     first, *others = pictures["validation"] or [None]
@@ -118,9 +118,9 @@ def model_card(args, trained, code, steps, pictures):
 {data.to_yaml()}
 ---
 
-# {trained.title} of {teacher_name(args)}
+# {networks.title} of {teacher_name(args)}
 
-{trained.card_text()} It was distilled from {teacher_name(args)} with latent consistency distillation
+{networks.card_text()} It was distilled from {teacher_name(args)} with latent consistency distillation
 ([arXiv 2310.04378](https://arxiv.org/abs/2310.04378)) and falls under the licence of that model.
 {validation}
 ## How to use it

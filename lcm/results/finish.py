@@ -17,15 +17,16 @@ logger = logging.getLogger(__name__)
 
 
 
-class Export:
+class Results:
     """Saves what was trained and, if asked, pushes it. The repository is made at once, so that a wrong name or a
     missing token shows before training; raises UserError then.
 
-    `trained` is a FullModel or a LoraModel.
+    `sampler` is the scheduler that samples from the networks.
     """
 
-    def __init__(self, accelerator, args, trackers, trained):
-        self.accelerator, self.args, self.trackers, self.trained = accelerator, args, trackers, trained
+    def __init__(self, accelerator, args, plan, trackers, networks, sampler):
+        self.accelerator, self.args, self.plan, self.trackers = accelerator, args, plan, trackers
+        self.networks, self.sampler = networks, sampler
         if args.push_to_hub and accelerator.is_main_process:
             name = repository_name(args)
             try:
@@ -33,15 +34,14 @@ class Export:
             except Exception as error:
                 raise UserError(f"--push_to_hub: cannot make {name!r} on the Hub: {first_line(error)}") from error
 
-    def finish(self, steps, seconds, data):
+    def finish(self, steps, seconds, tally):
         """Write what was trained and the report to `output_dir`, push, and say where everything is."""
-        tally = data.totals()
         self.trackers.log(tally.as_scalars(), step=steps)
-        trained = self.trained.gathered()
+        complete = self.networks.gathered()
         if self.accelerator.is_main_process:
             output_dir = self.args.output_dir
             here = Machine(self.accelerator.device.type)
-            code = trained.usage_code(self.args.pretrained_teacher_model, output_dir, False, here)
+            code = complete.usage_code(self.args.pretrained_teacher_model, output_dir, False, here)
             self.draw_curves()
             pictures = {
                 what: [os.path.relpath(path, output_dir) for path in paths]
@@ -52,8 +52,9 @@ class Export:
                 logger.warning("%s/README.md is not a run's report and stays; the report is %s", output_dir, report)
             try:
                 with whole_entries(output_dir) as folder:
-                    trained.export(folder)
-                    card = model_card(self.args, trained, code, steps, pictures)
+                    complete.export(folder)
+                    self.sampler.save_pretrained(os.path.join(folder, "scheduler"))
+                    card = model_card(self.args, self.plan, complete, code, steps, pictures)
                     card.save(os.path.join(folder, report))
             except Exception as error:  # for a full disk safetensors raises an error of its own
                 raise UserError(
@@ -61,7 +62,7 @@ class Export:
                 ) from error
             lines = [
                 f"\nTrained to step {steps}, {seconds:.0f} s in this session. {tally}.\n",
-                *trained.describe(output_dir),
+                *complete.describe(output_dir),
                 f"{output_dir}/scheduler: the scheduler that fits",
                 f"{output_dir}/validation: pictures; {output_dir}/{CURVES_FILE}: curves; {output_dir}/{report}: the "
                 "report with both",
@@ -105,14 +106,15 @@ class Export:
         client's own retries; everything is on disk by then.
         """
         output_dir = self.args.output_dir
-        code = self.trained.usage_code(teacher_name(self.args), self.repo_id, True, Machine("cuda"))
+        code = self.networks.usage_code(teacher_name(self.args), self.repo_id, True, Machine("cuda"))
         pictures = {  # {path in the repository: path here}
             what: {f"{what}{f'-{i}' if len(paths) > 1 else ''}.png": path for i, path in enumerate(paths, 1)}
             for what, paths in self.pictures(steps).items()
         }
-        card = model_card(self.args, self.trained, code, steps, {what: [*names] for what, names in pictures.items()})
+        names = {what: [*paths] for what, paths in pictures.items()}
+        card = model_card(self.args, self.plan, self.networks, code, steps, names)
         files = {
-            **self.trained.pushed_files(output_dir),
+            **self.networks.pushed_files(output_dir),
             "scheduler/scheduler_config.json": os.path.join(output_dir, "scheduler", "scheduler_config.json"),
             **pictures["validation"],
             **pictures["training"],

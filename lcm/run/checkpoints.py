@@ -10,13 +10,19 @@ import logging
 import os
 import re
 import shutil
+from dataclasses import dataclass
 
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import RNG_STATE_NAME, SCALER_NAME, gather_object, load
+from diffusers import SchedulerMixin
 
+from lcm.data.loader import TrainingData
 from lcm.errors import UserError, first_line
-from lcm.models.sharding import is_sharded, load_state, save_state
+from lcm.models.networks import Networks
+from lcm.models.sharding import load_state, save_state
 from lcm.options.files import find_checkpoint
-from lcm.secrets import public_options, without_credentials, without_secrets
+from lcm.secrets import without_credentials, without_secrets
 from lcm.storage import PARTIAL, publish, remove_folder, remove_leftovers
 
 logger = logging.getLogger(__name__)
@@ -90,19 +96,19 @@ def comparable(name, value):
     return value
 
 
-def changed_options(args, stored):
-    """{name: what a checkpoint with the options `stored` was trained with}, for the options of `args` that differ.
+def changed_options(args, given, stored):
+    """{name: what a checkpoint was trained with}, for the options that differ: `given` now, `stored` with it.
 
     An option that is not stored is newer than the checkpoint, and has the meaning of its default.
     """
     changed = {}
-    for name, given in public_options(args).items():
+    for name, value in given.items():
         if name in MAY_CHANGE_ON_RESUME:
             continue
         if name not in stored:
             if name not in args.left_at_default:
                 changed[name] = args.defaults[name]
-        elif comparable(name, stored[name]) != comparable(name, given):
+        elif comparable(name, stored[name]) != comparable(name, value):
             changed[name] = stored[name]
     return changed
 
@@ -119,7 +125,7 @@ def is_of_other_script(args, state):
     return any((name in state["options"]) != (name in vars(args)) for name in TELLTALES)
 
 
-def check_resume(args, num_processes):
+def check_resume(args, plan):
     """Raise UserError, naming the option, if `args` name a checkpoint that is not one of this very run.
 
     With `--resume_with_changed_options` differences are warnings, unless the checkpoint could not be loaded.
@@ -131,13 +137,13 @@ def check_resume(args, num_processes):
     if is_of_other_script(args, state):
         saved_by = f"another script, {state['script']}" if "script" in state else "another script"
         raise UserError(f"{RESUME}: {folder!r} was saved by {saved_by}; allowed: a checkpoint of {args.script}")
-    options = public_options(args)
+    options = plan.options(args)
     for name in sorted(state["options"].keys() - options.keys()):
         logger.warning(
             "%s: the checkpoint's --%s (%r) is ignored; this version has no such option",
             RESUME, name, state["options"][name],
         )  # fmt: skip
-    changed = changed_options(args, state["options"])
+    changed = changed_options(args, options, state["options"])
     fixed = [name for name in changed if is_fixed(name, changed[name], options[name])]
     differences = [
         (f"--{name}", f"{options[name]!r} given, but the checkpoint was trained with {changed[name]!r}")
@@ -149,8 +155,8 @@ def check_resume(args, num_processes):
             f"{option}: {difference}; allowed: the same, or a new run in another --output_dir. {OVERRIDE} does not "
             "help: the checkpoint's files depend on it"
         )
-    if len(state["data"]) != num_processes:
-        differences.append((RESUME, f"saved by {len(state['data'])} processes, but {num_processes} are running"))
+    if len(state["data"]) != plan.num_processes:
+        differences.append((RESUME, f"saved by {len(state['data'])} processes, but {plan.num_processes} are running"))
     for option, difference in differences:
         if not args.resume_with_changed_options:
             raise UserError(
@@ -160,36 +166,49 @@ def check_resume(args, num_processes):
         logger.warning("%s: %s; resuming all the same, not bit for bit (%s)", option, difference, OVERRIDE)
 
 
+@dataclass
+class TrainingState:
+    """What a checkpoint holds. `networks.student` and `optimizer` are as accelerate prepared them; `data` and
+    `lr_scheduler` have `state_dict` and `load_state_dict`, of plain numbers and lists; `sampler` is the scheduler that
+    samples from the networks."""
+
+    networks: Networks
+    optimizer: AcceleratedOptimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    data: TrainingData
+    sampler: SchedulerMixin
+
+
 class Checkpoints:
-    """Saves and restores one run. All processes call all methods.
+    """Saves and restores the TrainingState of one run. All processes call all methods."""
 
-    `student` and `optimizer` are as accelerate prepared them; `trained` is a FullModel or a LoraModel; `data` and
-    `lr_scheduler` have `state_dict` and `load_state_dict`, of plain numbers and lists.
-    """
-
-    def __init__(self, accelerator, args, trackers, student, optimizer, lr_scheduler, trained, data):
-        self.accelerator, self.args, self.trackers = accelerator, args, trackers
-        self.student, self.optimizer, self.lr_scheduler = student, optimizer, lr_scheduler
-        self.trained, self.data = trained, data
+    def __init__(self, accelerator, args, plan, trackers, state):
+        self.accelerator, self.args, self.plan, self.trackers = accelerator, args, plan, trackers
+        self.networks, self.optimizer, self.lr_scheduler = state.networks, state.optimizer, state.lr_scheduler
+        self.data, self.sampler = state.data, state.sampler
         # Networks are written in files that diffusers loads, instead of accelerate's own.
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
+    def changed_options(self, state):
+        return changed_options(self.args, self.plan.options(self.args), state["options"])
+
     def save_state(self, folder):
         """Write networks, optimizer, gradient scaler and random states."""
-        trained = self.trained.gathered()
+        complete = self.networks.gathered()
         if self.accelerator.is_main_process:
-            trained.save(folder)
-        if is_sharded(self.student):
-            save_state(self.accelerator, self.student, self.optimizer, folder)
+            complete.save(folder)
+            self.sampler.save_pretrained(os.path.join(folder, "scheduler"))  # so that it can be sampled from
+        if self.networks.is_sharded:
+            save_state(self.accelerator, self.networks.student, self.optimizer, folder)
         else:
             self.accelerator.save_state(folder)
 
     def load_state(self, folder):
         """Read what `save_state` wrote."""
-        self.trained.load(folder)
-        if is_sharded(self.student):
-            load_state(self.accelerator, self.student, self.optimizer, folder)
+        self.networks.load(folder)
+        if self.networks.is_sharded:
+            load_state(self.accelerator, self.networks.student, self.optimizer, folder)
         else:
             # accelerate would go on without random states that it cannot read.
             random_states = os.path.join(folder, f"{RNG_STATE_NAME}_{self.accelerator.process_index}.pkl")
@@ -221,7 +240,7 @@ class Checkpoints:
         config = self.data.config
         streams = [config.streams_per_process] * config.num_processes
         saved_streams = [len(process["positions"]) for process in state["data"]]
-        if saved_streams != streams or DATA_ORDER & changed_options(self.args, state["options"]).keys():
+        if saved_streams != streams or DATA_ORDER & self.changed_options(state).keys():
             logger.warning("The data was in another order; a new pass over all of it begins")
             self.data.start_new_cycle(state["data"])
         else:
@@ -243,7 +262,7 @@ class Checkpoints:
                 state = {
                     "step": step,
                     "script": self.args.script,
-                    "options": public_options(self.args),
+                    "options": self.plan.options(self.args),
                     "data": data_states,
                     "lr_scheduler": self.lr_scheduler.state_dict(),
                     "trackers": self.trackers.runs,
@@ -271,7 +290,7 @@ class Checkpoints:
         """
         folder = folder_to_resume(self.args)
         if self.accelerator.is_main_process:
-            remove_leftovers(self.args.output_dir, [*self.trained.outputs, "scheduler"])
+            remove_leftovers(self.args.output_dir, self.networks.outputs)
         if folder is None:
             earlier = list_checkpoints(self.args.output_dir)
             if self.args.resume_from_checkpoint:
@@ -284,13 +303,13 @@ class Checkpoints:
                 )
             return 0
         state = read_state(folder)
-        if state["step"] > self.args.max_train_steps:
+        if state["step"] > self.plan.max_train_steps:
             raise UserError(
-                f"--max_train_steps: {self.args.max_train_steps} given, but {folder!r} is of step {state['step']}; "
+                f"--max_train_steps: {self.plan.max_train_steps} given, but {folder!r} is of step {state['step']}; "
                 "allowed: at least that, or an earlier checkpoint"
             )
         is_changed = self.args.resume_with_changed_options and (
-            changed_options(self.args, state["options"]) or len(state["data"]) != self.accelerator.num_processes
+            self.changed_options(state) or len(state["data"]) != self.plan.num_processes
         )
         try:
             if is_changed:

@@ -14,9 +14,8 @@ import torch
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lcm.errors import AT_END, BEFORE_ERROR, UserError
+from lcm.errors import UserError
 from lcm.results.metrics import MetricsFile
-from lcm.run.plan import samples_per_step
 from lcm.run.signals import StopSignals
 from lcm_common import relative_distance
 
@@ -73,12 +72,11 @@ class Progress:
     `stopping` is True, on all processes alike, when one of them was told to stop before the last `check`.
     """
 
-    def __init__(self, accelerator, args, trackers, solver, first_step):
-        self.accelerator, self.args, self.trackers = accelerator, args, trackers
-        self.samples_per_step = samples_per_step(args, accelerator)
-        self.num_timesteps = len(solver.alphas)
+    def __init__(self, accelerator, args, plan, trackers, num_timesteps, first_step):
+        self.accelerator, self.args, self.plan, self.trackers = accelerator, args, plan, trackers
+        self.num_timesteps = num_timesteps  # of the noise schedule
         self.bar = tqdm(
-            total=args.max_train_steps,
+            total=plan.max_train_steps,
             initial=first_step,
             desc="Steps",
             unit="step",
@@ -91,10 +89,8 @@ class Progress:
         self.file = MetricsFile(args.output_dir)
         if accelerator.is_main_process:
             self.file.go_on_from(first_step)
-        self.signals = StopSignals(accelerator.is_local_main_process, after_loop=first_step >= args.max_train_steps)
+        self.signals = StopSignals(accelerator.is_local_main_process, after_loop=first_step >= plan.max_train_steps)
         self.stopping = False
-        BEFORE_ERROR.extend([self.close, self.signals.restore])
-        AT_END.append(self.signals.restore)
         self.started = self.last = time.perf_counter()
         self.waited = 0.0
         reset_peak_memory(accelerator.device)
@@ -121,7 +117,7 @@ class Progress:
         self.sums.index_add_(1, quarter, torch.stack([losses.detach().float(), torch.ones_like(t).float()]))
 
     def is_logged(self, step):
-        return step % self.args.logging_steps == 0 or step == self.args.max_train_steps
+        return step % self.args.logging_steps == 0 or step == self.plan.max_train_steps
 
     def check(self, step, gradient_norm, weights, averaged):
         """Share the losses of an optimizer step, number `step`, that is about to be taken; waits for the device.
@@ -132,7 +128,7 @@ class Progress:
         row are an error.
         """
         # Before `received` is read: a signal that comes between the two saves a checkpoint, and promises none.
-        self.signals.after_loop = step >= self.args.max_train_steps
+        self.signals.after_loop = step >= self.plan.max_train_steps
         stop = self.sums.new_tensor([float(self.signals.received is not None)])
         shared = self.accelerator.reduce(torch.cat([self.sums.flatten(), stop]), reduction="sum")
         alike = [gradient_norm]  # on all processes
@@ -173,7 +169,7 @@ class Progress:
         self.window.waited += self.waited
         self.waited = 0.0
         self.window.peak_memory = max(self.window.peak_memory, peak_memory(self.accelerator.device))
-        images_per_second = self.samples_per_step * self.window.steps / self.window.seconds
+        images_per_second = self.plan.samples_per_step * self.window.steps / self.window.seconds
         waited = self.window.waited / self.window.seconds
         self.bar.update(1)
         slow = f", waits for data {waited:.0%}" if waited > 0.1 else ""
@@ -197,7 +193,7 @@ class Progress:
             self.file.append({"step": step, **metrics})
 
     def close(self):
-        """End the bar; returns the seconds since it began."""
+        """End the bar; returns the seconds since it began. May be called again."""
         self.bar.close()
         self.log_above_bar.close()
         return time.perf_counter() - self.started

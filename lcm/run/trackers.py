@@ -12,7 +12,7 @@ import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from lcm.errors import first_line
-from lcm.secrets import public_options, redacted_command_line
+from lcm.secrets import redacted_command_line
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,9 @@ RUNS = {
 }
 
 
-def hyperparameters(args):
-    """The options without tokens; lists and None become text, which all trackers take."""
-    return {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in public_options(args).items()}
+def hyperparameters(options):
+    """The options as all trackers take them: lists and None become text."""
+    return {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in options.items()}
 
 
 class Trackers:
@@ -39,9 +39,9 @@ class Trackers:
     with that run.
     """
 
-    def __init__(self, accelerator, args):
+    def __init__(self, accelerator, args, plan):
         self.kinds = [str(kind) for kind in accelerator.log_with] if accelerator.is_main_process else []
-        self.args, self.logging_dir = args, accelerator.logging_dir
+        self.args, self.plan, self.logging_dir = args, plan, accelerator.logging_dir
         self.active, self.runs, self.told = [], {}, set()
 
     def each(self, call):
@@ -77,7 +77,7 @@ class Trackers:
 
     def store_options(self, tracker):
         if tracker.name != "mlflow" or "mlflow" not in self.runs:  # which refuses other values for the same run
-            tracker.store_init_configuration(hyperparameters(self.args))
+            tracker.store_init_configuration(hyperparameters(self.plan.options(self.args)))
 
     def keep_name(self, tracker):
         if tracker.name in RUNS:

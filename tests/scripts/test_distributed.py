@@ -12,7 +12,7 @@ from conftest import ROOT, SCRIPTS, Script
 from PIL import Image
 from safetensors.torch import load_file
 
-PROGRAM = ROOT / "tests" / "distributed_run.py"
+PROGRAM = ROOT / "tests" / "scripts" / "distributed_run.py"
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]

@@ -1,4 +1,4 @@
-"""One process of a run for test_distributed.py: `python tests/distributed_run.py KIND SCRIPT OPTIONS...`.
+"""One process of a run for test_distributed.py: `python tests/scripts/distributed_run.py KIND SCRIPT OPTIONS...`.
 
 KIND `ddp` runs a script's `main` as it is. `fsdp` runs it with a student that torch's `fully_shard` splits over the
 processes by gloo: accelerate 1.15 reaches FSDP on GPUs only, so `prepare` and the sharding of the target are replaced;
