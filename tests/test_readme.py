@@ -137,6 +137,18 @@ def test_every_module_is_on_the_map():
     assert len(set(rows)) == len(rows)
 
 
+def test_where_to_put_what_exists():
+    """Files, and names in them, in the table of CONTRIBUTING.md."""
+    rows = re.findall(r"^\| (?!change|---)[^|]* \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert len(rows) >= 12
+    for row in rows:
+        quoted = re.findall(r"`([\w./]+)`", row)
+        files = [name for name in quoted if name.endswith(".py")]
+        code = "".join((ROOT / name).read_text() for name in files)
+        for name in set(quoted) - set(files):
+            assert re.search(rf"\b{name.rpartition('.')[2]}\b", code), (name, row)
+
+
 def test_evaluation_has_the_readmes_command():
     """The table in docs/evaluation.md stands beside the command of the README."""
     commands = re.findall(r"^python evaluate_lcm\.py (?:.*\\\n)*.*$", README, re.M)
