@@ -156,8 +156,8 @@ def test_code_for_a_machine(device, on_hub):
     args = SimpleNamespace(
         w_min=2, w_max=5, ema_decay=None, num_ddim_timesteps=50, validation_prompts=['a "quoted" one']
     )
-    full = networks.FullModel(args, {}, "unet_target", None)
-    lora = networks.LoraModel(args, None, None)
+    full = networks.WholeUNet(args, None, None, None)
+    lora = networks.Lora(args, None, None, None)
     for trained in (full, lora):
         code = trained.usage_code("some/teacher", "some/where", on_hub, lcm_card.Machine(device))
         compile(code, "printed", "exec")

@@ -7,6 +7,7 @@ What is refused whatever is given, such as damaged files, is in `test_errors.py`
 import importlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from conftest import SCRIPTS, common_options
 
 from lcm.errors import UserError
 from lcm.run import checkpoints
+from lcm.run.plan import make_plan
 from lcm.secrets import public_options
 
 CHANGED = "--resume_with_changed_options"
@@ -109,6 +111,15 @@ TABLE = [
 ]  # fmt: skip
 
 
+def check(args):
+    """`check_resume` as a run on one process would call it."""
+    accelerator = SimpleNamespace(
+        gradient_accumulation_steps=args.gradient_accumulation_steps, num_processes=1,
+        mixed_precision=args.mixed_precision,
+    )  # fmt: skip
+    checkpoints.check_resume(args, make_plan(args, accelerator, args.seed, shards=()))
+
+
 @pytest.mark.parametrize(("name", "saved", "change", "given", "happens", "says"), TABLE)
 def test_what_may_differ(name, saved, change, given, happens, says, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: f"the package {name}")
@@ -124,11 +135,11 @@ def test_what_may_differ(name, saved, change, given, happens, says, tmp_path, ca
     args = parsed(name, tmp_path, *given, "--resume_from_checkpoint=latest")
     if happens == REFUSED:
         with pytest.raises(UserError) as error:
-            checkpoints.check_resume(args, 1)
+            check(args)
         assert says in str(error.value) and str(error.value).startswith("--")
         assert caplog.messages == []
     else:
-        checkpoints.check_resume(args, 1)
+        check(args)
         assert len(caplog.messages) == (happens == WARNED)
         assert all(says in message for message in caplog.messages)
 
@@ -140,8 +151,8 @@ def test_each_difference_is_a_warning_of_its_own(tmp_path, caplog):
     (tmp_path / "checkpoint-2" / checkpoints.STATE_FILE).write_text(json.dumps(state))
     given = ["--w_max=9", "--seed=4", "--resume_from_checkpoint=latest"]
     with pytest.raises(UserError):
-        checkpoints.check_resume(parsed("sd", tmp_path, *given), 1)
-    checkpoints.check_resume(parsed("sd", tmp_path, *given, CHANGED), 1)
+        check(parsed("sd", tmp_path, *given))
+    check(parsed("sd", tmp_path, *given, CHANGED))
     assert [message.partition(":")[0] for message in caplog.messages] == [
         "--seed", "--w_max", "--resume_from_checkpoint"
     ]  # fmt: skip
