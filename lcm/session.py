@@ -12,13 +12,14 @@ from lcm.data.loader import TrainingData
 from lcm.models.family import Family
 from lcm.models.networks import Networks
 from lcm.models.speed import enable_memory_savers
+from lcm.options.plan import Plan
 from lcm.options.types import Options
 from lcm.pictures.samplers import lcm_scheduler
 from lcm.pictures.validation import Validation
 from lcm.results.finish import Results
 from lcm.run.checkpoints import Checkpoints, TrainingState
+from lcm.run.describe import describe_run
 from lcm.run.optimizers import make_lr_scheduler, make_optimizer
-from lcm.run.plan import Plan, describe_run
 from lcm.run.progress import Progress
 from lcm.run.start import leave_process_group, step_generator
 from lcm.run.trackers import Trackers
@@ -48,16 +49,16 @@ class Session:
         self.lr_scheduler = make_lr_scheduler(args, plan, optimizer)
         self.optimizer = networks.prepare(accelerator, optimizer)
         sampler = lcm_scheduler(family.noise_schedule, args)
-        trackers = Trackers(accelerator, args, plan)
+        self.trackers = Trackers(accelerator, args, plan)
         state = TrainingState(networks, self.optimizer, self.lr_scheduler, self.data, sampler)
-        self.checkpoints = Checkpoints(accelerator, args, plan, trackers, state)
-        self.validation = Validation(accelerator, args, plan, trackers, family, networks)
-        self.results = Results(accelerator, args, plan, trackers, networks, sampler)
+        self.checkpoints = Checkpoints(accelerator, args, plan, self.trackers, state)
+        self.validation = Validation(accelerator, args, plan, family, networks, self.trackers.log_pictures)
+        self.results = Results(accelerator, args, plan, networks, sampler)
         describe_run(args, plan, accelerator.device, networks, solver, self.data.config)
         self.step = self.checkpoints.resume()  # finished optimizer steps
-        trackers.start(self.step)
+        self.trackers.start(self.step)
         self.validation.draw_teacher(self.step)
-        self.progress = Progress(accelerator, args, plan, trackers, len(solver.alphas), self.step)
+        self.progress = Progress(accelerator, args, plan, self.trackers, len(solver.alphas), self.step)
 
     def batches(self) -> Iterator[tuple[dict[str, Any], torch.Generator]]:
         """Yield (batch, generator) for each forward pass, until the last step or a stop signal.
@@ -114,9 +115,14 @@ class Session:
         with self.closing_on_error():
             if self.step < self.plan.max_train_steps:
                 self.results.stop(self.step, self.progress.close())
+                self.trackers.finish()
             else:
                 self.validation.run(self.step)
-                self.results.finish(self.step, self.progress.close(), self.data.totals())
+                seconds, tally = self.progress.close(), self.data.totals()
+                self.trackers.log(tally.as_scalars(), self.step)
+                self.results.save(self.step, seconds, tally)
+                self.trackers.finish()  # before the upload, which may fail
+                self.results.push(self.step)
         self.progress.signals.restore()
         return leave_process_group
 

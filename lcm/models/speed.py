@@ -1,17 +1,19 @@
-"""What makes a network smaller or faster and leaves its results as they are."""
+"""Options that make networks smaller or faster and do not change their results."""
 
 import logging
 
 import diffusers
+from accelerate import Accelerator
 
 from lcm.errors import first_line
+from lcm.models.networks import Networks
+from lcm.options.types import Options
 
 logger = logging.getLogger(__name__)
 
 
-
-def enable_memory_savers(args, accelerator, networks):
-    """Gradient checkpointing for the student and, where it can be had, xformers' attention for all."""
+def enable_memory_savers(args: Options, accelerator: Accelerator, networks: Networks) -> None:
+    """Enable gradient checkpointing for the student, and xformers' attention, where it works, for all networks."""
     if args.gradient_checkpointing:
         networks.student.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -23,7 +25,7 @@ def enable_memory_savers(args, accelerator, networks):
             try:
                 for network in networks.networks:
                     network.enable_xformers_memory_efficient_attention()
-            except Exception as error:  # built for another torch or GPU: diffusers' trial of it fails
+            except Exception as error:  # built for another torch or GPU: diffusers tries it and fails
                 for network in networks.networks:
                     network.disable_xformers_memory_efficient_attention()
                 logger.warning("--enable_xformers_memory_efficient_attention: %s; using PyTorch's", first_line(error))

@@ -23,8 +23,8 @@ from lcm.data.loader import TrainingData
 from lcm.errors import UserError, first_line
 from lcm.models.networks import Networks
 from lcm.models.sharding import load_state, save_state
+from lcm.options.plan import Plan
 from lcm.options.types import Options
-from lcm.run.plan import Plan
 from lcm.run.resume import (
     DATA_ORDER,
     RESUME,

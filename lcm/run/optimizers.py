@@ -7,8 +7,8 @@ import diffusers
 import torch
 
 from lcm.options.choices import OPTIMIZERS
+from lcm.options.plan import Plan
 from lcm.options.types import Options
-from lcm.run.plan import Plan
 
 logger = logging.getLogger(__name__)
 

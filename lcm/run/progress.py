@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lcm.errors import UserError
+from lcm.options.plan import Plan
 from lcm.options.types import Options
 from lcm.results.metrics import MetricsFile
-from lcm.run.plan import Plan
 from lcm.run.signals import StopSignals
 from lcm.run.trackers import Trackers
 from lcm_common import relative_distance

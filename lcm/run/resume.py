@@ -8,8 +8,8 @@ from typing import Any
 
 from lcm.errors import UserError
 from lcm.options.files import find_checkpoint
+from lcm.options.plan import Plan
 from lcm.options.types import Options
-from lcm.run.plan import Plan
 from lcm.secrets import without_credentials, without_secrets
 
 logger = logging.getLogger(__name__)

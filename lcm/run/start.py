@@ -17,8 +17,8 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broad
 from lcm.data.shards import expand_shards
 from lcm.errors import UserError, first_line
 from lcm.options.choices import PRECISIONS
+from lcm.options.plan import Plan, make_plan
 from lcm.options.types import Options
-from lcm.run.plan import Plan, make_plan
 from lcm.run.resume import check_resume, stored_seed
 
 logger = logging.getLogger(__name__)

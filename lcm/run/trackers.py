@@ -16,13 +16,13 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 
 from lcm.errors import first_line
+from lcm.options.plan import Plan
 from lcm.options.types import Options
-from lcm.run.plan import Plan
+from lcm.pictures.validation import Pictures
 from lcm.secrets import redacted_command_line
 
 logger = logging.getLogger(__name__)
 
-Pictures = dict[str, list[tuple[Image.Image, str]]]  # {name: [(picture, caption), ...]}
 # Trackers that can resume a run: how they name it, and the arguments that open it again.
 # TensorBoard needs neither: its run is a folder.
 RUNS = {
@@ -134,7 +134,9 @@ def log_pictures(tracker: GeneralTracker, pictures: Pictures, step: int) -> None
                 tracker.log_images({tag: [picture]}, step=step)
 
 
-def log_to_wandb(tracker: GeneralTracker, name: str, captioned: list[tuple[Image.Image, str]], step: int) -> None:
+def log_to_wandb(
+    tracker: GeneralTracker, name: str, captioned: list[tuple[Image.Image, str | None]], step: int
+) -> None:
     """Log a list of (picture, caption). W&B wants pictures of one size under a name."""
     import wandb
 

@@ -14,8 +14,8 @@ import torch
 from conftest import SCRIPTS, common_options
 
 from lcm.errors import UserError
+from lcm.options.plan import make_plan
 from lcm.run import resume
-from lcm.run.plan import make_plan
 from lcm.secrets import public_options
 
 CHANGED = "--resume_with_changed_options"
