@@ -21,7 +21,7 @@ def read_prompts(parser: Parser, option: str, values: list[str]) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             parser.error(f"{option}: cannot read {value!r} as text in UTF-8: {error}")
         if not lines:
-            parser.error(f"{option}: {value!r} has no prompt in it; allowed: prompts, or a text file, one prompt a line")
+            parser.error(f"{option}: {value!r} has no prompts; allowed: prompts, or a text file, one prompt a line")
         prompts += lines
     return prompts
 

@@ -47,7 +47,7 @@ def add_output_options(parser: Parser) -> None:
     add("--checkpoints_total_limit", type=integer(1), metavar="N",
         help="Keep the newest N checkpoints; older ones are removed once the new one is safe. If unset, all are kept.")
     add("--resume_from_checkpoint", metavar="latest|FOLDER",
-        help="Resume from a checkpoint, by name in --output_dir or by path; with `latest`, a new run if there is none.")
+        help="Resume from a checkpoint, by name in --output_dir or by path; `latest`, without one, starts a new run.")
     add("--resume_with_changed_options", action="store_true",
         help="Resume although options, or the number of processes, differ from the checkpoint's: each difference is a "
              "warning, not an error. The resume is then not exact to the last bit. "
