@@ -213,7 +213,7 @@ WRONG_OPTIONS = [
     *(wrong(f"prompts-{kind}", "--validation_prompts", ("prompts.txt", says), "--validation_prompts=prompts.txt",
             prepare=text_file("prompts.txt", content))
       for kind, content, says in (("empty", b"\n \n", "has no prompts"), ("latin1", b"caf\xe9", "UTF-8"))),
-    wrong("prompts-no-file", "--validation_prompts", "'prompts.txt' is not a file", "--validation_prompts=prompts.txt"),
+    wrong("no-file", "--validation_prompts", "'prompts.txt' is not a file", "--validation_prompts=prompts.txt"),
     # comet_ml records sys.argv as well (`get_command` in its env_logging.py).
     *(wrong(f"token-with-{tracker}", "--hub_token", "HF_TOKEN", f"--report_to={tracker}", "--hub_token=hf_secret")
       for tracker in ("wandb", "comet_ml", "mlflow", "all")),
