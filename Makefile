@@ -32,6 +32,7 @@ test-oldest: .venv-oldest/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 .venv/installed: constraints.txt
 .venv-oldest/installed: constraints-oldest.txt
