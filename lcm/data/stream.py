@@ -51,9 +51,7 @@ class Block:
     Samples are read one at a time, while those of the block before are used.
     """
 
-    def __init__(
-        self, source: Iterator[tuple[Position, Any]], start: Position, size: int, max_bytes: float
-    ):
+    def __init__(self, source: Iterator[tuple[Position, Any]], start: Position, size: int, max_bytes: float):
         self.source, self.start, self.size, self.max_bytes = source, start, size, max_bytes
         self.samples: list[Sample | Problem | None] = []
         self.next_start: Position | None = None  # of the next block; None until this block is full
