@@ -44,9 +44,7 @@ def sample(pipe, captions, num_inference_steps, guidance_scale, seed, batch_size
     """
     noise = sampling.starting_noise(pipe, len(captions), seed)
     between_steps = torch.Generator().manual_seed(seed + 1)
-    return sampling.sample(
-        pipe, captions, noise, num_inference_steps, guidance_scale, between_steps, batch_size
-    )
+    return sampling.sample(pipe, captions, noise, num_inference_steps, guidance_scale, between_steps, batch_size)
 
 
 @cache

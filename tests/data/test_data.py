@@ -619,7 +619,7 @@ def test_a_data_worker_that_died_is_started_anew_at_its_place(messy_shards, capl
                 time.sleep(0.001)
     batches.close()
     assert frozen(seen) == frozen(expected) and data.state_dict() == whole.state_dict()
-    assert "starting all of them anew" in caplog.text
+    assert "restarting all of them" in caplog.text
 
 
 def test_data_workers_that_die_again_and_again_are_an_error(tmp_path, monkeypatch):
