@@ -22,7 +22,7 @@ from lcm.errors import UserError, first_line, run
 from lcm.options.choices import SAMPLERS, VALIDATION_PROMPTS
 from lcm.options.files import read_prompts
 from lcm.options.groups import add_model_options
-from lcm.options.types import Parser, integer, make_parser, number
+from lcm.options.types import Options, Parser, integer, make_parser, number
 from lcm.secrets import redact_arguments
 
 if TYPE_CHECKING:
@@ -49,136 +49,60 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = make_parser(__doc__)
     add_model_options(parser)
     add = parser.add_argument_group("what is compared").add_argument
-    add(
-        "--trained",
-        nargs="+",
-        required=True,
-        metavar="[LABEL=]FOLDER_OR_ID",
+    add("--trained", nargs="+", required=True, metavar="[LABEL=]FOLDER_OR_ID",
         help="The trained U-Nets and LoRAs: output folders, checkpoints or Hub ids. Each is sampled with its own "
-        "scheduler/.",
-    )
-    add("--variant", metavar="NAME", help="Variant of the teacher's weight files, such as fp16.")
-    add(
-        "--output_dir",
-        default="lcm-evaluation",
-        metavar="FOLDER",
-        help="Folder for the table, the numbers and the pictures.",
-    )
+             "scheduler/.")
+    add("--variant", metavar="NAME",
+        help="Variant of the teacher's weight files, such as fp16.")
+    add("--output_dir", default="lcm-evaluation", metavar="FOLDER",
+        help="Folder for the table, the numbers and the pictures.")
 
     add = parser.add_argument_group("sampling").add_argument
-    add(
-        "--prompts",
-        nargs="+",
-        default=VALIDATION_PROMPTS,
-        metavar="PROMPT_OR_FILE",
-        help="Prompts, or a text file with one prompt in each line.",
-    )
-    add(
-        "--num_images",
-        type=integer(2),
-        default=100,
-        metavar="N",
-        help="Pictures for each row of the table; the prompts are repeated in order.",
-    )
-    add(
-        "--num_inference_steps",
-        nargs="+",
-        type=integer(1, 1000),
-        default=[1, 2, 4, 8],
-        metavar="STEPS",
-        help="Few steps, for the teacher and for all trained networks.",
-    )
-    add(
-        "--teacher_num_inference_steps",
-        type=integer(1, 1000),
-        default=50,
-        metavar="STEPS",
-        help="Many steps, for the teacher only: its pictures are what the others should match.",
-    )
-    add(
-        "--teacher_scheduler",
-        choices=[*(name for name in SAMPLERS if name != "lcm"), "own"],
+    add("--prompts", nargs="+", default=VALIDATION_PROMPTS, metavar="PROMPT_OR_FILE",
+        help="Prompts, or a text file with one prompt in each line.")
+    add("--num_images", type=integer(2), default=100, metavar="N",
+        help="Pictures for each row of the table; the prompts are repeated in order.")
+    add("--num_inference_steps", nargs="+", type=integer(1, 1000), default=[1, 2, 4, 8], metavar="STEPS",
+        help="Few steps, for the teacher and for all trained networks.")
+    add("--teacher_num_inference_steps", type=integer(1, 1000), default=50, metavar="STEPS",
+        help="Many steps, for the teacher only: its pictures are what the others should match.")
+    add("--teacher_scheduler", choices=[*(name for name in SAMPLERS if name != "lcm"), "own"],
         help="The teacher's sampler; `own` is that of its scheduler/, `ddim` has the same timestep spacing. If unset: "
-        f"{SAMPLER_MANY_STEPS} for many steps, {SAMPLER_FEW_STEPS} for few.",
-    )
-    add(
-        "--guidance_scale",
-        type=number(1),
-        default=7.5,
-        metavar="SCALE",
-        help="For the teacher and U-Nets; keep it inside [w_min + 1, w_max + 1] of their training.",
-    )
-    add(
-        "--lora_guidance_scale",
-        type=number(1),
-        default=1.0,
-        metavar="SCALE",
-        help="For LoRAs, which have learned their guidance: 1 adds no more.",
-    )
-    add(
-        "--resolution",
-        type=integer(8),
-        metavar="PIXELS",
-        help="Width and height of the pictures. If unset: the size of the teacher's U-Net.",
-    )
-    add(
-        "--batch_size",
-        type=integer(1),
-        default=8,
-        metavar="PICTURES",
-        help="Pictures that are drawn at once; the seconds per image depend on it.",
-    )
-    add(
-        "--seed",
-        type=integer(0, 2**32 - 1),
-        default=0,
-        help="Of the noise, which depends only on the seed and the picture's number.",
-    )
-    add(
-        "--dtype",
-        choices=["float32", "float16", "bfloat16"],
-        help="Of all networks but CLIP and the feature network. If unset: float16 on a GPU, else float32.",
-    )
+             f"{SAMPLER_MANY_STEPS} for many steps, {SAMPLER_FEW_STEPS} for few.")
+    add("--guidance_scale", type=number(1), default=7.5, metavar="SCALE",
+        help="For the teacher and U-Nets; keep it inside [w_min + 1, w_max + 1] of their training.")
+    add("--lora_guidance_scale", type=number(1), default=1.0, metavar="SCALE",
+        help="For LoRAs, which have learned their guidance: 1 adds no more.")
+    add("--resolution", type=integer(8), metavar="PIXELS",
+        help="Width and height of the pictures. If unset: the size of the teacher's U-Net.")
+    add("--batch_size", type=integer(1), default=8, metavar="PICTURES",
+        help="Pictures that are drawn at once; the seconds per image depend on it.")
+    add("--seed", type=integer(0, 2**32 - 1), default=0,
+        help="Of the noise, which depends only on the seed and the picture's number.")
+    add("--dtype", choices=["float32", "float16", "bfloat16"],
+        help="Of all networks but CLIP and the feature network. If unset: float16 on a GPU, else float32.")
 
     add = parser.add_argument_group("measures").add_argument
-    add(
-        "--clip_model",
-        default="openai/clip-vit-base-patch16",
-        metavar="ID_OR_FOLDER",
-        help="The CLIP model of the CLIP score; `none` leaves that column out.",
-    )
-    add(
-        "--feature_network",
-        default="clip",
-        metavar="clip|inception|FILE.py:NAME|none",
+    add("--clip_model", default="openai/clip-vit-base-patch16", metavar="ID_OR_FOLDER",
+        help="The CLIP model of the CLIP score; `none` leaves that column out.")
+    add("--feature_network", default="clip", metavar="clip|inception|FILE.py:NAME|none",
         help="The features of the Frechet distance: the embeddings of --clip_model, torchmetrics' Inception (needs "
-        "torch-fidelity), or a function or torch module that maps pictures (B, 3, H, W) uint8 to (B, F), also "
-        "as module:NAME; `none` leaves the column out.",
-    )
-    add(
-        "--reference_images",
-        metavar="FOLDER_OR_SHARDS",
+             "torch-fidelity), or a function or torch module that maps pictures (B, 3, H, W) uint8 to (B, F), also "
+             "as module:NAME; `none` leaves the column out.")
+    add("--reference_images", metavar="FOLDER_OR_SHARDS",
         help="Reference pictures of the Frechet distance: a folder, or WebDataset shards as in training. If unset: "
-        "the teacher's pictures at many steps.",
-    )
-    add(
-        "--num_reference_images",
-        type=integer(2),
-        default=10000,
-        metavar="N",
-        help="The most pictures that are read of --reference_images.",
-    )
-    add(
-        "--extra_metric",
-        metavar="FILE.py:NAME",
+             "the teacher's pictures at many steps.")
+    add("--num_reference_images", type=integer(2), default=10000, metavar="N",
+        help="The most pictures that are read of --reference_images.")
+    add("--extra_metric", metavar="FILE.py:NAME",
         help="A function of (pictures (N, 3, H, W) uint8, list of N prompts) that returns a dict of numbers; each "
-        "becomes a column. Also module:NAME.",
-    )
+             "becomes a column. Also module:NAME.")
 
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, Options())
     given = redact_arguments(sys.argv[1:] if argv is None else argv)  # before shlex quotes them
     args.command = shlex.join(["python", "evaluate_lcm.py", *given])
     check(args, parser)
+    args.freeze()
     return args
 
 

@@ -23,14 +23,18 @@ from lcm.pictures.samplers import make_scheduler
 logger = logging.getLogger(__name__)
 
 
+def dtype_name(args: Namespace) -> str:
+    """`--dtype`, or its default on this machine."""
+    return args.dtype or ("float16" if torch.cuda.is_available() else "float32")
+
+
 def load_teacher(args: Namespace) -> diffusers.DiffusionPipeline:
     """The teacher's pipeline on the device, without a safety checker, which would blacken pictures.
 
-    Sets `args.dtype` if it is None. Raises UserError if the teacher cannot be loaded, or has no U-Net or no betas.
+    Raises UserError if the teacher cannot be loaded, or has no U-Net or no betas.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.dtype = args.dtype or ("float16" if device == "cuda" else "float32")
-    dtype = getattr(torch, args.dtype)
+    dtype = getattr(torch, dtype_name(args))
     parts: dict[str, Any] = {DTYPE: dtype, "variant": args.variant}
     index = load_config(diffusers.DiffusionPipeline, args)
     if "unet" not in index:
