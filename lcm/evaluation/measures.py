@@ -122,8 +122,8 @@ class Measures:
         lines = [
             f"{len(self.prompts)} pictures a row of {self.resolution} x {self.resolution} pixels, of "
             f"{len(set(self.prompts))} prompts; the noise of a picture is the same in every row (seed {args.seed})",
-            f"s / image: text encoder, U-Net and VAE in batches of {args.batch_size}, {dtype_name(args)}, on {device}; "
-            "after a warm-up",
+            f"s / image: text encoder, U-Net and VAE in batches of {args.batch_size}, {dtype_name(args)}, on "
+            f"{device}; after a warm-up",
             "RMSE to teacher: root mean square difference, pixels in [0, 1], to the first row's picture of the same "
             "prompt and noise; LCM's sampler adds new noise between its steps, so its RMSE grows with the number of "
             "steps and does not measure quality",
