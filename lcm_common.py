@@ -7,8 +7,6 @@ alphas^2 + sigmas^2 = 1. For inputs of any float dtype, every function here comp
 Algorithm 1 and its symbols: Luo et al., "Latent Consistency Models", arXiv 2310.04378.
 """
 
-from collections.abc import Mapping
-
 import torch
 
 Tensor = torch.Tensor
@@ -204,7 +202,7 @@ def consistency_loss(prediction: Tensor, target: Tensor, loss_type: str = "l2", 
 
 
 @torch.no_grad()
-def update_ema(target: Mapping[str, Tensor], source: Mapping[str, Tensor], decay: float) -> None:
+def update_ema(target: dict[str, Tensor], source: dict[str, Tensor], decay: float) -> None:
     """target <- decay target + (1 - decay) source, for two dicts of parameters with the same names.
 
     The targets keep their dtype and device. Raises ValueError if a parameter is in one dict only.
@@ -218,7 +216,7 @@ def update_ema(target: Mapping[str, Tensor], source: Mapping[str, Tensor], decay
 
 
 @torch.no_grad()
-def relative_distance(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Tensor:
+def relative_distance(target: dict[str, Tensor], source: dict[str, Tensor]) -> Tensor:
     """|target - source| / |target| over two dicts of parameters with the same names: a scalar on their device.
 
     One parameter after the other: a second copy of all parameters may not fit into memory.

@@ -4,18 +4,14 @@ They are (N, 3, H, W) uint8 tensors on the CPU, one for each of N prompts.
 """
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 
-def starting_noise(
-    pipeline: "DiffusionPipeline", count: int, seed: int, resolution: int | None = None
-) -> torch.Tensor:
+def starting_noise(pipeline: DiffusionPipeline, count: int, seed: int, resolution: int | None = None) -> torch.Tensor:
     """(count, C, h, w) float32 for pictures of `resolution` pixels a side; None means the U-Net's own size.
 
     The noise of picture i depends on `seed` and i only, not on `count`, the batch size, the device or the dtype.
@@ -39,7 +35,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def sample(
-    pipeline: "DiffusionPipeline",
+    pipeline: DiffusionPipeline,
     prompts: list[str],
     noise: torch.Tensor,
     num_inference_steps: int,

@@ -1,23 +1,21 @@
 """Parts of a pretrained model, from a folder or the Hub; any failure to load them becomes a UserError."""
 
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
+from accelerate import Accelerator
 from packaging import version
 
 from lcm.errors import UserError, first_line
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 OPTION = "--pretrained_teacher_model"
 # The name of this argument in diffusers' `from_pretrained`, which has `dtype` since 0.40.
 DTYPE = "dtype" if version.parse(diffusers.__version__) >= version.parse("0.40") else "torch_dtype"
 
 
-def weight_dtype(accelerator: "Accelerator") -> torch.dtype:
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     """The dtype of frozen weights: that of the mixed precision; float32 without one, and for fp16 on a CPU."""
     if accelerator.mixed_precision == "fp16" and accelerator.device.type != "cpu":
         return torch.float16

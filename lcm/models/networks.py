@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import Any, Self
@@ -63,11 +63,11 @@ class Networks:
         raise NotImplementedError
 
     @cached_property
-    def weights(self) -> Mapping[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
     @cached_property
-    def averaged(self) -> Mapping[str, torch.Tensor]:
+    def averaged(self) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
@@ -157,11 +157,11 @@ class WholeUNet(Networks):
         return partial(eval_mode, self.teacher)
 
     @cached_property
-    def weights(self) -> Mapping[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         return dict(self.unet.named_parameters())
 
     @cached_property
-    def averaged(self) -> Mapping[str, torch.Tensor]:
+    def averaged(self) -> dict[str, torch.Tensor]:
         return dict(self.target.named_parameters())
 
     @property
@@ -247,11 +247,11 @@ class Lora(Networks):
         return {"LoRA": self.target.active}
 
     @cached_property
-    def weights(self) -> Mapping[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         return adapter_parameters(self.unet, TRAINED)
 
     @cached_property
-    def averaged(self) -> Mapping[str, torch.Tensor]:
+    def averaged(self) -> dict[str, torch.Tensor]:
         return adapter_parameters(self.unet, EMA)
 
     def save(self, folder: str) -> None:

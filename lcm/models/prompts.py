@@ -5,20 +5,20 @@ A conditioning is a dict of U-Net keyword arguments, so that a training loop nee
 """
 
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
 import transformers
+from accelerate import Accelerator
 
 from lcm.errors import UserError
 from lcm.models.loading import OPTION, load_config, load_part, weight_dtype
-from lcm.models.unet import NO_OTHER_INPUTS
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 Conditioning = dict[str, Any]  # U-Net keyword arguments
+
+# Entries of the config of a U-Net without class labels and without projected hidden states.
+NO_OTHER_INPUTS = {"class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim_type": None}
 
 
 def load_tokenizer(args: Namespace, subfolder: str) -> transformers.CLIPTokenizer:
@@ -33,7 +33,7 @@ def load_tokenizer(args: Namespace, subfolder: str) -> transformers.CLIPTokenize
 
 
 def load_text_encoder(
-    loader: Any, args: Namespace, accelerator: "Accelerator", subfolder: str, tokenizer: transformers.CLIPTokenizer
+    loader: Any, args: Namespace, accelerator: Accelerator, subfolder: str, tokenizer: transformers.CLIPTokenizer
 ) -> Any:
     """A frozen text encoder. Raises UserError if it does not fit its tokenizer."""
     encoder = load_part(loader, args, subfolder, dtype=weight_dtype(accelerator))
@@ -70,7 +70,7 @@ class PromptEncoder:
 
     layout = "Stable Diffusion 1.x or 2.x"
 
-    def __init__(self, args: Namespace, accelerator: "Accelerator"):
+    def __init__(self, args: Namespace, accelerator: Accelerator):
         self.tokenizer = load_tokenizer(args, "tokenizer")
         loader = transformers.CLIPTextModel
         self.text_encoder = load_text_encoder(loader, args, accelerator, "text_encoder", self.tokenizer)
@@ -113,7 +113,7 @@ class SDXLPromptEncoder:
 
     layout = "SDXL (base)"
 
-    def __init__(self, args: Namespace, accelerator: "Accelerator"):
+    def __init__(self, args: Namespace, accelerator: Accelerator):
         index = load_config(diffusers.DiffusionPipeline, args)
         has_first_encoder = index.get("text_encoder") not in (None, [None, None])
         if index.get("requires_aesthetics_score") or not has_first_encoder:

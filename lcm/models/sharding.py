@@ -5,9 +5,12 @@ not sharded. All processes call them together.
 """
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from diffusers import ModelMixin
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -17,11 +20,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from accelerate.optimizer import AcceleratedOptimizer
-    from diffusers import ModelMixin
 
 STATE_FILE = "sharded_optimizer.bin"
 UNSHARDED = StateDictOptions(full_state_dict=True)
@@ -33,7 +31,7 @@ def is_sharded(network: nn.Module) -> bool:
     return isinstance(network, FSDPModule)
 
 
-def shard_like_student(accelerator: "Accelerator", network: nn.Module) -> nn.Module:
+def shard_like_student(accelerator: Accelerator, network: nn.Module) -> nn.Module:
     """Shard a frozen network as accelerate shards the student; accelerate itself takes only one network."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
@@ -48,7 +46,7 @@ def reshard_after_forward(network: nn.Module) -> None:
     network.register_forward_hook(lambda module, inputs, output: module.reshard())
 
 
-def gathered(network: "ModelMixin") -> "ModelMixin | None":
+def gathered(network: ModelMixin) -> ModelMixin | None:
     """The network itself; if it is sharded, an unsharded copy on the CPU, but None on all processes but the first."""
     if not is_sharded(network):
         return network
@@ -69,7 +67,7 @@ def load_weights(network: nn.Module, weights: dict[str, Any]) -> None:
         network.load_state_dict(weights)
 
 
-def save_state(accelerator: "Accelerator", student: nn.Module, optimizer: "AcceleratedOptimizer", folder: str) -> None:
+def save_state(accelerator: Accelerator, student: nn.Module, optimizer: AcceleratedOptimizer, folder: str) -> None:
     """Write the optimizer and the gradient scaler of a sharded student to `folder`, in one file for all processes.
 
     No random state is saved: noise comes from generators that are a function of the step, and a full U-Net is trained
@@ -82,7 +80,7 @@ def save_state(accelerator: "Accelerator", student: nn.Module, optimizer: "Accel
         torch.save(state, os.path.join(folder, STATE_FILE))
 
 
-def load_state(accelerator: "Accelerator", student: nn.Module, optimizer: "AcceleratedOptimizer", folder: str) -> None:
+def load_state(accelerator: Accelerator, student: nn.Module, optimizer: AcceleratedOptimizer, folder: str) -> None:
     """Load the file of `save_state`."""
     state = torch.load(os.path.join(folder, STATE_FILE), map_location="cpu", weights_only=True)
     set_optimizer_state_dict(student, optimizer.optimizer, state["optimizer"], options=UNSHARDED)

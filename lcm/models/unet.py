@@ -2,19 +2,14 @@
 
 import inspect
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
 
 from lcm.errors import UserError
 from lcm.models.loading import OPTION, load_config, load_part
-
-if TYPE_CHECKING:
-    from lcm.models.prompts import PromptEncoder, SDXLPromptEncoder
-
-# Entries of the config of a U-Net without class labels and without projected hidden states.
-NO_OTHER_INPUTS = {"class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim_type": None}
+from lcm.models.prompts import PromptEncoder, SDXLPromptEncoder
 
 
 def unet_config(args: Namespace) -> dict[str, Any]:
@@ -24,7 +19,7 @@ def unet_config(args: Namespace) -> dict[str, Any]:
 
 
 def load_unet(
-    args: Namespace, encode_prompts: "PromptEncoder | SDXLPromptEncoder", dtype: torch.dtype
+    args: Namespace, encode_prompts: PromptEncoder | SDXLPromptEncoder, dtype: torch.dtype
 ) -> diffusers.UNet2DConditionModel:
     """The teacher's U-Net, on the CPU.
 

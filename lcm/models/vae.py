@@ -1,21 +1,18 @@
 """The VAE, and the encoding of pictures to latents."""
 
 from argparse import Namespace
-from typing import TYPE_CHECKING
 
 import diffusers
 import torch
+from accelerate import Accelerator
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from lcm.errors import UserError
 from lcm.models.loading import OPTION, load_part
 from lcm.models.unet import unet_config
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
-
-def load_vae(args: Namespace, accelerator: "Accelerator", dtype: torch.dtype) -> diffusers.AutoencoderKL:
+def load_vae(args: Namespace, accelerator: Accelerator, dtype: torch.dtype) -> diffusers.AutoencoderKL:
     """The frozen VAE: the teacher's, or that of --pretrained_vae_model_name_or_path.
 
     Raises UserError if its latents do not fit the U-Net, or if it is not for RGB pictures.

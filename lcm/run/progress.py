@@ -9,7 +9,7 @@ import contextlib
 import math
 import resource
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -141,8 +141,8 @@ class Progress:
         self,
         step: int,
         gradient_norm: torch.Tensor,
-        weights: Mapping[str, torch.Tensor],
-        averaged: Mapping[str, torch.Tensor],
+        weights: dict[str, torch.Tensor],
+        averaged: dict[str, torch.Tensor],
     ) -> None:
         """Share the losses of the next optimizer step, number `step`, between processes; waits for the device.
 
