@@ -313,7 +313,7 @@ def save_teacher(pipe: Any, tokenizer_dir: Path, folder: Path) -> None:
         path = fresh / part / "diffusion_pytorch_model.safetensors"
         weights = {name: tensor.half() for name, tensor in load_file(path).items()}
         save_file(weights, path, metadata={"format": "pt"})
-        # The folder from which a part was loaded does not belong into the files.
+        # The folder from which a part was loaded does not belong in the files.
         config = json.loads((fresh / part / "config.json").read_text())
         config.pop("_name_or_path", None)
         (fresh / part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -134,7 +134,7 @@ class Measures:
             lines.append(
                 f"Frechet distance to {self.reference_name}, in the {self.reference.shape[1]} features of {network}; "
                 "compare it only with distances in the same features and to the same pictures"
-                + "; with so few pictures it is too large" * self.is_biased
+                + ("; with so few pictures it is too large" if self.is_biased else "")
             )
         if self.extra_metric:
             lines.append(f"The other columns: {args.extra_metric}")

@@ -69,9 +69,7 @@ def load_weights(network: nn.Module, weights: dict[str, Any]) -> None:
         network.load_state_dict(weights)
 
 
-def save_state(
-    accelerator: "Accelerator", student: nn.Module, optimizer: "AcceleratedOptimizer", folder: str
-) -> None:
+def save_state(accelerator: "Accelerator", student: nn.Module, optimizer: "AcceleratedOptimizer", folder: str) -> None:
     """Write the optimizer and the gradient scaler of a sharded student to `folder`, in one file for all processes.
 
     No random state is saved: noise comes from generators that are a function of the step, and a full U-Net is trained
@@ -84,9 +82,7 @@ def save_state(
         torch.save(state, os.path.join(folder, STATE_FILE))
 
 
-def load_state(
-    accelerator: "Accelerator", student: nn.Module, optimizer: "AcceleratedOptimizer", folder: str
-) -> None:
+def load_state(accelerator: "Accelerator", student: nn.Module, optimizer: "AcceleratedOptimizer", folder: str) -> None:
     """Load the file of `save_state`."""
     state = torch.load(os.path.join(folder, STATE_FILE), map_location="cpu", weights_only=True)
     set_optimizer_state_dict(student, optimizer.optimizer, state["optimizer"], options=UNSHARDED)
