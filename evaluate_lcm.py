@@ -70,17 +70,17 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="The teacher's sampler; `own` is that of its scheduler/, `ddim` has the same timestep spacing. If unset: "
              f"{SAMPLER_MANY_STEPS} for many steps, {SAMPLER_FEW_STEPS} for few.")
     add("--guidance_scale", type=number(1), default=7.5, metavar="SCALE",
-        help="For the teacher and U-Nets; keep it inside [w_min + 1, w_max + 1] of their training.")
+        help="Guidance of the teacher and of U-Nets; keep it inside [w_min + 1, w_max + 1] of their training.")
     add("--lora_guidance_scale", type=number(1), default=1.0, metavar="SCALE",
-        help="For LoRAs, which have learned their guidance: 1 adds no more.")
+        help="Guidance of LoRAs, which have learned theirs: 1 adds no more.")
     add("--resolution", type=integer(8), metavar="PIXELS",
         help="Width and height of the pictures. If unset: the size of the teacher's U-Net.")
     add("--batch_size", type=integer(1), default=8, metavar="PICTURES",
         help="Pictures that are drawn at once; the seconds per image depend on it.")
     add("--seed", type=integer(0, 2**32 - 1), default=0,
-        help="Of the noise, which depends only on the seed and the picture's number.")
+        help="Seed of the noise. The noise of a picture depends only on the seed and the picture's number.")
     add("--dtype", choices=["float32", "float16", "bfloat16"],
-        help="Of all networks but CLIP and the feature network. If unset: float16 on a GPU, else float32.")
+        help="Dtype of all networks but CLIP and the feature network. If unset: float16 on a GPU, else float32.")
 
     add = parser.add_argument_group("measures").add_argument
     add("--clip_model", default="openai/clip-vit-base-patch16", metavar="ID_OR_FOLDER",

@@ -43,7 +43,7 @@ def load_text_encoder(
     ):
         if not 2 < given <= most:  # a start token, at least one of the caption, an end token
             raise UserError(
-                f"{OPTION}: part {subfolder!r} of {args.pretrained_teacher_model!r} and its tokenizer do not fit: the "
+                f"{OPTION}: part {subfolder!r} of {args.pretrained_teacher_model!r} does not fit its tokenizer: the "
                 f"tokenizer's {what} is {given}; allowed: 3 to {most}"
             )
     return encoder.requires_grad_(False).eval().to(accelerator.device)

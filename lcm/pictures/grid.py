@@ -94,8 +94,8 @@ def label_font(size: int, texts: Sequence[str]) -> Any:
 
 def picture_grid(
     rows: list[list[Image.Image]],
-    row_labels: list[str],
-    column_labels: list[str],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
     cell_size: int | None = None,
     group_gap: Collection[int] = (),
     corner: str = "",
