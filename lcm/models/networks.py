@@ -5,7 +5,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -45,30 +45,15 @@ class Networks:
     relation: str  # of the result to the teacher, as the Hub calls it
     takes_guidance: bool  # whether the guidance scale is an input of the student
     outputs: list[str]
+    networks: list[UNet2DConditionModel]
+    teacher_view: View
+    views: dict[str, View]
+    weights: dict[str, torch.Tensor]
+    averaged: dict[str, torch.Tensor]
 
     def __init__(self, args: Options, teacher: Any, student: Any, target: Any):
         self.args, self.teacher, self.student, self.target = args, teacher, student, target
         self.unet = student
-
-    @property
-    def networks(self) -> list[UNet2DConditionModel]:
-        raise NotImplementedError
-
-    @property
-    def teacher_view(self) -> View:
-        raise NotImplementedError
-
-    @property
-    def views(self) -> dict[str, View]:
-        raise NotImplementedError
-
-    @cached_property
-    def weights(self) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
-
-    @cached_property
-    def averaged(self) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters for the optimizer."""
@@ -143,36 +128,23 @@ class WholeUNet(Networks):
     exported = "unet_target"  # the folder of the network to sample from
     outputs = ["unet", exported, "scheduler"]
 
-    @property
-    def networks(self) -> list[UNet2DConditionModel]:
-        return [self.student, self.teacher, self.target]
+    def __init__(self, args: Options, teacher: Any, student: Any, target: Any):
+        super().__init__(args, teacher, student, target)
+        self.networks = [student, teacher, target]
+        self.teacher_view = partial(eval_mode, teacher)
 
     @property
     def saved(self) -> dict[str, UNet2DConditionModel]:
         """{folder: network}"""
         return {"unet": self.unet, self.exported: self.target}
 
-    @property
-    def teacher_view(self) -> View:
-        return partial(eval_mode, self.teacher)
-
-    @cached_property
-    def weights(self) -> dict[str, torch.Tensor]:
-        return dict(self.unet.named_parameters())
-
-    @cached_property
-    def averaged(self) -> dict[str, torch.Tensor]:
-        return dict(self.target.named_parameters())
-
-    @property
-    def views(self) -> dict[str, View]:
-        return {"student": partial(eval_mode, self.unet), "EMA": partial(eval_mode, self.target)}
-
     def prepare(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> AcceleratedOptimizer:
         """Let accelerate wrap the student, and shard the target in the same way; returns the wrapped optimizer."""
         optimizer = super().prepare(accelerator, optimizer)
         if self.is_sharded:
             self.target = shard_like_student(accelerator, self.target)
+        self.views = {"student": partial(eval_mode, self.unet), "EMA": partial(eval_mode, self.target)}
+        self.weights, self.averaged = dict(self.unet.named_parameters()), dict(self.target.named_parameters())
         return optimizer
 
     def gathered(self) -> Self:
@@ -233,26 +205,13 @@ class Lora(Networks):
     def __init__(self, args: Options, teacher: AdapterView, student: UNet2DConditionModel, target: AdapterView):
         super().__init__(args, teacher, student, target)
         self.exported = TRAINED if args.ema_decay is None else EMA
+        self.networks = [student]
+        self.teacher_view, self.views = teacher.active, {"LoRA": target.active}
 
-    @property
-    def networks(self) -> list[UNet2DConditionModel]:
-        return [self.student]
-
-    @property
-    def teacher_view(self) -> View:
-        return self.teacher.active
-
-    @property
-    def views(self) -> dict[str, View]:
-        return {"LoRA": self.target.active}
-
-    @cached_property
-    def weights(self) -> dict[str, torch.Tensor]:
-        return adapter_parameters(self.unet, TRAINED)
-
-    @cached_property
-    def averaged(self) -> dict[str, torch.Tensor]:
-        return adapter_parameters(self.unet, EMA)
+    def prepare(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> AcceleratedOptimizer:
+        optimizer = super().prepare(accelerator, optimizer)
+        self.weights, self.averaged = adapter_parameters(self.unet, TRAINED), adapter_parameters(self.unet, EMA)
+        return optimizer
 
     def save(self, folder: str) -> None:
         save_for_diffusers(self.unet, self.exported, folder)

@@ -50,6 +50,11 @@ def make_scheduler(name: str, reference: SchedulerMixin, **settings: Any) -> Sch
     return getattr(diffusers, kind).from_config({**config, **NO_CLIPPING}, **{**options, **settings})
 
 
+def teacher_scheduler(noise_schedule: SchedulerMixin) -> SchedulerMixin:
+    """The sampler of the teacher's pictures during training. With trailing timesteps it is usable at few steps too."""
+    return make_scheduler("ddim-trailing", noise_schedule)
+
+
 def lcm_scheduler(noise_schedule: SchedulerMixin, args: Options) -> SchedulerMixin:
     """The LCMScheduler with the grid and the boundary scalings of the training.
 

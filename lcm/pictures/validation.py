@@ -22,7 +22,7 @@ from lcm.options.checks import default_guidance_scale
 from lcm.options.plan import Plan
 from lcm.options.types import Options
 from lcm.pictures.grid import MAX_GRID_WIDTH, MAX_PAGE_HEIGHT, MAX_PAGE_ROWS, picture_grid, split_evenly
-from lcm.pictures.samplers import lcm_scheduler, make_scheduler
+from lcm.pictures.samplers import lcm_scheduler, teacher_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class Validation:
                 for scale in self.teacher_guidance_scales
                 for steps in self.args.validation_teacher_steps
             ]
-            scheduler = make_scheduler("ddim-trailing", self.family.noise_schedule)
+            scheduler = teacher_scheduler(self.family.noise_schedule)
             try:
                 self.teacher_columns = self.draw(self.networks.teacher_view, columns, scheduler)
             except Exception as error:  # out of memory, more steps than the schedule has

@@ -157,7 +157,7 @@ def test_code_for_a_machine(device, on_hub):
         w_min=2, w_max=5, ema_decay=None, num_ddim_timesteps=50, validation_prompts=['a "quoted" one']
     )
     full = networks.WholeUNet(args, None, None, None)
-    lora = networks.Lora(args, None, None, None)
+    lora = networks.Lora(args, SimpleNamespace(active=None), None, SimpleNamespace(active=None))
     for trained in (full, lora):
         code = trained.usage_code("some/teacher", "some/where", on_hub, usage.Machine(device))
         compile(code, "printed", "exec")
