@@ -100,12 +100,12 @@ def test_how_many_pictures_are_encoded_at_once_does_not_change_the_noise(teacher
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_sd_embeddings_are_the_pipelines(teacher, tmp_path):
+def test_sd_embeddings_are_the_pipelines(teacher, shards, tmp_path):
     from diffusers import StableDiffusionPipeline
 
     import train_lcm_distill_sd_wds as script
 
-    args = script.parse_args(common_options(teacher, "shards.tar", tmp_path))
+    args = script.parse_args(common_options(teacher, shards, tmp_path))
     cond, uncond = prompts.PromptEncoder(args, start.start(args)[0])(BATCH)
     expected = StableDiffusionPipeline.from_pretrained(teacher).encode_prompt(BATCH["captions"], "cpu", 1, True)
     for found, embedding in zip((cond, uncond), expected, strict=True):
