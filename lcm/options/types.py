@@ -122,4 +122,5 @@ def names(value: str) -> str:
 
 def make_parser(description: str | None, script: str | None = None) -> Parser:
     """A parser without options; `description` is the script's docstring, and `script` its path."""
-    return Parser(script and os.path.basename(script), description=description, formatter_class=HelpFormatter)
+    name = script and os.path.basename(script)
+    return Parser(name, "%(prog)s OPTIONS", description=description, formatter_class=HelpFormatter)
