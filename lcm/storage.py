@@ -51,7 +51,7 @@ def remove_folder(path: str) -> None:
 def remove_leftovers(output_dir: str, names: Iterable[str]) -> None:
     """Remove the unfinished folders of a run that was killed; restore a folder that was being replaced.
 
-    Touches only checkpoints, folders named in `names`, and the folders of `whole_entries`.
+    Touches only checkpoints, folders named in `names`, and the folders of `complete_entries`.
     """
     ours = re.compile(rf"(checkpoint-\d+|{EXPORT}|{'|'.join(map(re.escape, names))})(\.old)?{re.escape(PARTIAL)}")
     for name in os.listdir(output_dir):
@@ -65,7 +65,7 @@ def remove_leftovers(output_dir: str, names: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def whole_entries(output_dir: str) -> Iterator[str]:
+def complete_entries(output_dir: str) -> Iterator[str]:
     """Yield a folder to write into; if the block ends without an error, its files and folders move to `output_dir`."""
     folder = os.path.join(output_dir, EXPORT + PARTIAL)
     shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,7 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from lcm.errors import UserError, first_line
-from lcm.models.loading import DTYPE, OPTION, load_config, load_part, load_pretrained
+from lcm.models.loading import DTYPE, TEACHER, load_config, load_part, load_pretrained
 from lcm.models.lora import adapter_layers
 from lcm.models.lora_files import DIFFUSERS_FILE
 from lcm.pictures.samplers import make_scheduler
@@ -38,7 +38,7 @@ def load_teacher(args: Namespace) -> diffusers.DiffusionPipeline:
     parts: dict[str, Any] = {DTYPE: dtype, "variant": args.variant}
     index = load_config(diffusers.DiffusionPipeline, args)
     if "unet" not in index:
-        raise UserError(f"{OPTION}: {index.get('_class_name')} has no U-Net; allowed: Stable Diffusion and SDXL")
+        raise UserError(f"{TEACHER}: {index.get('_class_name')} has no U-Net; allowed: Stable Diffusion and SDXL")
     if "safety_checker" in index:
         parts |= {"safety_checker": None, "requires_safety_checker": False}
     if args.pretrained_vae_model_name_or_path:
@@ -53,10 +53,10 @@ def load_teacher(args: Namespace) -> diffusers.DiffusionPipeline:
             source, revision=revision, cache_dir=args.cache_dir, **parts
         )
     except Exception as error:  # the libraries raise nearly anything for a broken folder
-        raise UserError(f"{OPTION}: cannot load {source!r}: {first_line(error)}") from error
+        raise UserError(f"{TEACHER}: cannot load {source!r}: {first_line(error)}") from error
     if not hasattr(pipeline.scheduler, "betas"):
         kind = type(pipeline.scheduler).__name__
-        raise UserError(f"{OPTION}: its scheduler, {kind}, has no betas; allowed: the teacher of a training script")
+        raise UserError(f"{TEACHER}: its scheduler, {kind}, has no betas; allowed: the teacher of a training script")
     return pipeline.to(device)
 
 

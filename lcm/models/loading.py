@@ -10,7 +10,7 @@ from packaging import version
 
 from lcm.errors import UserError, first_line
 
-OPTION = "--pretrained_teacher_model"
+TEACHER = "--pretrained_teacher_model"
 # The name of this argument in diffusers' `from_pretrained`, which has `dtype` since 0.40.
 DTYPE = "dtype" if version.parse(diffusers.__version__) >= version.parse("0.40") else "torch_dtype"
 
@@ -53,7 +53,7 @@ def load_part(loader: Any, args: Namespace, subfolder: str | None, path: str | N
     """`load_pretrained` for one part of the teacher, or for the VAE at `path`. Raises UserError."""
     if path is None:
         kwargs["revision"] = args.teacher_revision or args.revision
-    option = "--pretrained_vae_model_name_or_path" if path else OPTION
+    option = "--pretrained_vae_model_name_or_path" if path else TEACHER
     source = path or args.pretrained_teacher_model
     return load_pretrained(loader, option, source, subfolder=subfolder, cache_dir=args.cache_dir, **kwargs)
 
@@ -69,7 +69,7 @@ def load_config(loader: Any, args: Namespace, subfolder: str | None = None) -> d
             revision=args.teacher_revision or args.revision,
         )
     except Exception as error:
-        raise UserError(f"{OPTION}: cannot load {where}: {first_line(error)}") from error
+        raise UserError(f"{TEACHER}: cannot load {where}: {first_line(error)}") from error
     if not isinstance(config, dict):
-        raise UserError(f"{OPTION}: cannot load {where}: its JSON is a {type(config).__name__}, not an object")
+        raise UserError(f"{TEACHER}: cannot load {where}: its JSON is a {type(config).__name__}, not an object")
     return config

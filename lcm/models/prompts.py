@@ -13,7 +13,7 @@ import transformers
 from accelerate import Accelerator
 
 from lcm.errors import UserError
-from lcm.models.loading import OPTION, load_config, load_part, weight_dtype
+from lcm.models.loading import TEACHER, load_config, load_part, weight_dtype
 
 Conditioning = dict[str, Any]  # U-Net keyword arguments
 
@@ -26,7 +26,7 @@ def load_tokenizer(args: Namespace, subfolder: str) -> transformers.CLIPTokenize
     tokenizer = load_part(transformers.CLIPTokenizer, args, subfolder)
     if len(tokenizer) < 512:  # CLIP's has each byte twice; if files are missing, transformers makes a tiny one
         raise UserError(
-            f"{OPTION}: cannot load {args.pretrained_teacher_model!r}, part {subfolder!r}: its vocabulary has "
+            f"{TEACHER}: cannot load {args.pretrained_teacher_model!r}, part {subfolder!r}: its vocabulary has "
             f"{len(tokenizer)} entries; are its files complete?"
         )
     return tokenizer
@@ -43,7 +43,7 @@ def load_text_encoder(
     ):
         if not 2 < given <= most:  # a start token, at least one of the caption, an end token
             raise UserError(
-                f"{OPTION}: part {subfolder!r} of {args.pretrained_teacher_model!r} does not fit its tokenizer: the "
+                f"{TEACHER}: part {subfolder!r} of {args.pretrained_teacher_model!r} does not fit its tokenizer: the "
                 f"tokenizer's {what} is {given}; allowed: 3 to {most}"
             )
     return encoder.requires_grad_(False).eval().to(accelerator.device)
@@ -118,12 +118,12 @@ class SDXLPromptEncoder:
         has_first_encoder = index.get("text_encoder") not in (None, [None, None])
         if index.get("requires_aesthetics_score") or not has_first_encoder:
             raise UserError(
-                f"{OPTION}: {args.pretrained_teacher_model!r} has the layout of SDXL's refiner, which starts "
+                f"{TEACHER}: {args.pretrained_teacher_model!r} has the layout of SDXL's refiner, which starts "
                 "from another model's latents; allowed here: models in the layout of SDXL base"
             )
         if "text_encoder_2" not in index:
             raise UserError(
-                f"{OPTION}: {args.pretrained_teacher_model!r} has one text encoder; allowed here: models in the "
+                f"{TEACHER}: {args.pretrained_teacher_model!r} has one text encoder; allowed here: models in the "
                 "layout of SDXL, with two (for Stable Diffusion, use train_lcm_distill_sd_wds.py or its LoRA version)"
             )
         self.resolution, self.use_fix_crop_and_size = args.resolution, args.use_fix_crop_and_size

@@ -5,7 +5,7 @@ from argparse import Namespace
 import diffusers
 
 from lcm.errors import UserError
-from lcm.models.loading import OPTION, load_config, load_part
+from lcm.models.loading import TEACHER, load_config, load_part
 from lcm.options.choices import PREDICTION_TYPES
 
 
@@ -21,10 +21,10 @@ def load_noise_schedule(args: Namespace) -> diffusers.DDPMScheduler:
     prediction_type = noise_schedule.config.prediction_type
     if "beta_schedule" not in raw:
         name = raw.get("_class_name")
-        raise UserError(f"{OPTION}: its scheduler, {name}, has no beta schedule; allowed: one with betas")
+        raise UserError(f"{TEACHER}: its scheduler, {name}, has no beta schedule; allowed: one with betas")
     if prediction_type not in PREDICTION_TYPES:
         raise UserError(
-            f"{OPTION}: its prediction type is {prediction_type!r}; allowed: {', '.join(PREDICTION_TYPES)}"
+            f"{TEACHER}: its prediction type is {prediction_type!r}; allowed: {', '.join(PREDICTION_TYPES)}"
         )
     alphas_cumprod = noise_schedule.alphas_cumprod
     if len(alphas_cumprod) < args.num_ddim_timesteps:
@@ -33,10 +33,12 @@ def load_noise_schedule(args: Namespace) -> diffusers.DDPMScheduler:
             f"{len(alphas_cumprod)} timesteps"
         )
     if not (alphas_cumprod.diff() < 0).all():  # NaN fails as well
-        raise UserError(f"{OPTION}: its scheduler's betas are invalid: alphas_cumprod must decrease at every timestep")
+        raise UserError(
+            f"{TEACHER}: its scheduler's betas are invalid: alphas_cumprod must decrease at every timestep"
+        )
     if prediction_type == "epsilon" and alphas_cumprod[-1] < 1e-6:
         raise UserError(
-            f"{OPTION}: its noise schedule has zero terminal SNR, where epsilon prediction does not determine x_0; "
+            f"{TEACHER}: its noise schedule has zero terminal SNR, where epsilon prediction does not determine x_0; "
             "allowed with zero terminal SNR: v_prediction, sample"
         )
     return noise_schedule

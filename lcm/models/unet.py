@@ -8,7 +8,7 @@ import diffusers
 import torch
 
 from lcm.errors import UserError
-from lcm.models.loading import OPTION, load_config, load_part
+from lcm.models.loading import TEACHER, load_config, load_part
 from lcm.models.prompts import PromptEncoder, SDXLPromptEncoder
 
 
@@ -29,18 +29,18 @@ def load_unet(
     config = unet_config(args)
     if config["time_cond_proj_dim"] is not None:
         raise UserError(
-            f"{OPTION}: its U-Net takes a guidance embedding, so it is already a distilled model; allowed: a model "
+            f"{TEACHER}: its U-Net takes a guidance embedding, so it is already a distilled model; allowed: a model "
             "that is sampled with classifier-free guidance"
         )
     if config["in_channels"] != config["out_channels"]:
         raise UserError(
-            f"{OPTION}: its U-Net takes {config['in_channels']} channels and predicts {config['out_channels']}, as "
+            f"{TEACHER}: its U-Net takes {config['in_channels']} channels and predicts {config['out_channels']}, as "
             "for inpainting or editing; allowed: a text-to-image model"
         )
     for name, expected in encode_prompts.unet_config(config).items():
         if config[name] != expected:
             raise UserError(
-                f"{OPTION}: its U-Net has {name} = {config[name]}; allowed here: {expected}, as in "
+                f"{TEACHER}: its U-Net has {name} = {config[name]}; allowed here: {expected}, as in "
                 f"{encode_prompts.layout}"
             )
     unet = load_part(diffusers.UNet2DConditionModel, args, "unet", dtype=dtype)

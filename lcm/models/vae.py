@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from lcm.errors import UserError
-from lcm.models.loading import OPTION, load_part
+from lcm.models.loading import TEACHER, load_part
 from lcm.models.unet import unet_config
 
 
@@ -20,7 +20,7 @@ def load_vae(args: Namespace, accelerator: Accelerator, dtype: torch.dtype) -> d
     path = args.pretrained_vae_model_name_or_path
     vae = load_part(diffusers.AutoencoderKL, args, None if path else "vae", path, dtype=dtype)
     expected, found = unet_config(args)["out_channels"], vae.config.latent_channels
-    option = "--pretrained_vae_model_name_or_path" if path else OPTION
+    option = "--pretrained_vae_model_name_or_path" if path else TEACHER
     if (vae.config.in_channels, vae.config.out_channels) != (3, 3):
         raise UserError(
             f"{option}: the VAE takes {vae.config.in_channels} channels and gives {vae.config.out_channels}; "

@@ -18,7 +18,7 @@ from lcm.pictures.validation import pages_of
 from lcm.results.card import model_card, report_name, teacher_name
 from lcm.results.curves import CURVES_FILE, draw_curves
 from lcm.results.metrics import METRICS_FILE, MetricsFile
-from lcm.storage import whole_entries
+from lcm.storage import complete_entries
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Results:
             if report != "README.md":
                 logger.warning("%s/README.md is not a run's report and stays; the report is %s", output_dir, report)
             try:
-                with whole_entries(output_dir) as folder:
+                with complete_entries(output_dir) as folder:
                     complete.export(folder)
                     self.sampler.save_pretrained(os.path.join(folder, "scheduler"))
                     card = model_card(self.args, self.plan, complete, code, steps, pictures)

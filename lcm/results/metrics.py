@@ -41,7 +41,7 @@ class MetricsFile:
                         num_others += 1
         return rows, num_others
 
-    def go_on_from(self, step: int) -> None:
+    def resume_from(self, step: int) -> None:
         """Drop the rows after `step`: a resumed run trains these steps again. A new run, from step 0, drops all rows.
 
         A file with other lines is another program's, or was edited: it is kept under another name.

@@ -105,7 +105,7 @@ class Progress:
         self.log_above_bar.enter_context(logging_redirect_tqdm())
         self.file = MetricsFile(args.output_dir)
         if accelerator.is_main_process:
-            self.file.go_on_from(first_step)
+            self.file.resume_from(first_step)
         self.signals = StopSignals(accelerator.is_local_main_process, after_loop=first_step >= plan.max_train_steps)
         self.stopping = False
         self.started = self.last = time.perf_counter()
