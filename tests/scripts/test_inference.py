@@ -393,7 +393,7 @@ def test_loaded_weights_are_the_trained_ones(home, name):
         with lcm_lora.AdapterView(trained.unet, trained.exported).active() as unet:
             assert torch.equal(loaded, latents(variables, unet))
     else:
-        assert torch.equal(loaded, latents(variables, trained.networks["unet_target"]))
+        assert torch.equal(loaded, latents(variables, trained.target))
 
 
 def rewrite_lora(source, target, change):

@@ -1103,8 +1103,8 @@ def test_every_script_distils_as_it_is_told(run):
         if not run.is_lora:
             expected = lcm_common.guidance_embedding(torch.tensor([2.5]), 16)
             torch.testing.assert_close(call.w_emb.float(), expected, rtol=0, atol=2e-3)
-    # A LoRA is not told the weight, and the log says what it makes of that.
-    assert ("a LoRA is not told the guidance weight" in done.log) == run.is_lora
+    # The weight is not an input of a LoRA, and the log says what follows from that.
+    assert ("the guidance weight is not an input of a LoRA" in done.log) == run.is_lora
 
 
 @covers("w_min", "w_max")
@@ -1122,7 +1122,7 @@ def test_guidance_weights(run):
 def test_one_guidance_weight_for_a_lora(run):
     done = run("--w_min=8", "--w_max=8")
     assert set(done.w) == {8.0} and not same(done, run())
-    assert "a LoRA is not told" not in done.log
+    assert "is not an input of a LoRA" not in done.log
 
 
 @covers("num_ddim_timesteps")
