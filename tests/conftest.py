@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,6 +229,28 @@ def write_shards(folder, num_shards=3, samples_per_shard=10, size=(20, 24), seed
 def shards(tmp_path_factory):
     """The pattern of three shards of ten random 24x20 pictures."""
     return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def clean_shards(tmp_path_factory):
+    """Five shards of four samples with captions "picture <shard> <index>"."""
+    folder = tmp_path_factory.mktemp("clean")
+    write_shards(folder, num_shards=5, samples_per_shard=4)
+    return [str(path) for path in sorted(folder.iterdir())]
+
+
+@pytest.fixture
+def watchdog():
+    """Fails a test that hangs. pytest's failure is no Exception, so that no reader's handler can swallow it."""
+
+    def give_up(*_):
+        pytest.fail("it hangs")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def sd_options(teacher, shards, output_dir, *more):
