@@ -1,5 +1,6 @@
 # make demo: distil the built-in teacher and compare.  make demo-lora: the same with a LoRA.  make test: run the tests.
 # All make a virtual environment in .venv first; PYTHON=python3.12 picks another interpreter.
+# make lint: ruff and codespell.
 # make test-oldest: a part of the tests with the oldest versions that requirements.txt allows, in .venv-oldest.
 
 PYTHON ?= python3
@@ -33,6 +34,7 @@ test-oldest: .venv-oldest/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 
 .venv/installed: constraints.txt
 .venv-oldest/installed: constraints-oldest.txt

@@ -15,8 +15,8 @@ import os
 import shlex
 import sys
 
-from lcm.errors import BEFORE_ERROR, UserError, first_line, run
-from lcm.options.choices import SCHEDULERS, VALIDATION_PROMPTS
+from lcm.errors import UserError, first_line, run
+from lcm.options.choices import SAMPLERS, VALIDATION_PROMPTS
 from lcm.options.files import read_prompts
 from lcm.options.groups import add_model_options
 from lcm.options.types import integer, make_parser, number
@@ -58,7 +58,7 @@ def parse_args(argv=None):
         help="Few steps, for the teacher and for everything trained.")
     add("--teacher_num_inference_steps", type=integer(1, 1000), default=50, metavar="STEPS",
         help="Many steps, for the teacher alone: what the others are to come near.")
-    add("--teacher_scheduler", choices=[*(name for name in SCHEDULERS if name != "lcm"), "own"],
+    add("--teacher_scheduler", choices=[*(name for name in SAMPLERS if name != "lcm"), "own"],
         help="The teacher's sampler; `own` is the one it comes with, `ddim` spaces the timesteps as that does. If "
              f"unset: {MANY} for many steps, {FEW} for few.")
     add("--guidance_scale", type=number(1), default=7.5, metavar="SCALE",
@@ -157,7 +157,6 @@ def evaluate(args):
     measures = Measures(args, prompts, pipeline.device, noise.shape[-1] * pipeline.vae_scale_factor)
     few, places, rows = args.num_inference_steps, shown_prompts(prompts), []
     progress = tqdm(total=len(prompts) * (1 + len(few) * (1 + len(trained))), unit="picture", dynamic_ncols=True)
-    BEFORE_ERROR.append(progress.close)
 
     def add_row(network, steps, sampler, scheduler, guidance_scale):
         progress.set_description(f"{network}, {count(steps)}")
@@ -175,18 +174,18 @@ def evaluate(args):
         progress.write(", ".join(f"{heading} {text}" for heading, text in cells(row).items()))
 
     own = pipeline.scheduler
-    for steps, usual in [(args.teacher_num_inference_steps, MANY), *((steps, FEW) for steps in few)]:
-        name = args.teacher_scheduler or usual
-        add_row("teacher", steps, name, samplers.make_scheduler(name, own), args.guidance_scale)
-    for network in sorted(trained, key=lambda network: not network.is_lora):  # LoRAs need the teacher's own U-Net
-        candidates.load_trained(pipeline, network, args)
-        for steps in few:
-            scale = args.lora_guidance_scale if network.is_lora else args.guidance_scale
-            scheduler = samplers.make_scheduler("own", network.scheduler)
-            add_row(network.label, steps, "lcm", scheduler, scale)
-        if network.is_lora:
-            pipeline.unload_lora_weights()
-    progress.close()
+    with progress:
+        for steps, usual in [(args.teacher_num_inference_steps, MANY), *((steps, FEW) for steps in few)]:
+            name = args.teacher_scheduler or usual
+            add_row("teacher", steps, name, samplers.make_scheduler(name, own), args.guidance_scale)
+        for network in sorted(trained, key=lambda network: not network.is_lora):  # LoRAs need the teacher's own U-Net
+            candidates.load_trained(pipeline, network, args)
+            for steps in few:
+                scale = args.lora_guidance_scale if network.is_lora else args.guidance_scale
+                scheduler = samplers.make_scheduler("own", network.scheduler)
+                add_row(network.label, steps, "lcm", scheduler, scale)
+            if network.is_lora:
+                pipeline.unload_lora_weights()
 
     order = ["teacher", *(network.label for network in trained)]
     rows.sort(key=lambda row: order.index(row[0]["network"]))

@@ -119,17 +119,18 @@ def apply_guidance(cond_output, uncond_output, w):
 
 
 class DDIMSolver:
-    """DDIM as the ODE solver of Algorithm 1, on the grid t_i = (i + 1) k - 1, with k = T // N.
+    """The teacher's diffusion, and DDIM as the ODE solver of Algorithm 1, on the grid t_i = (i + 1) k - 1, k = T // N.
 
-    `alphas_cumprod` is (T,). The grid is the one of `LCMScheduler(original_inference_steps=N)`; if N does not divide
-    T it ends before T - 1 (`reaches_end` is False). Raises ValueError unless 1 <= N <= T.
+    `alphas_cumprod` is (T,); `prediction_type` says what a network's output stands for. The grid is the one of
+    `LCMScheduler(original_inference_steps=N)`; if N does not divide T it ends before T - 1 (`reaches_end` is False).
+    Raises ValueError unless 1 <= N <= T.
     """
 
-    def __init__(self, alphas_cumprod, num_steps=50):
+    def __init__(self, alphas_cumprod, num_steps=50, prediction_type="epsilon"):
         num_train_timesteps = len(alphas_cumprod)
         if not 1 <= num_steps <= num_train_timesteps:
             raise ValueError(f"num_steps is {num_steps}; allowed: 1 to {num_train_timesteps}")
-        self.num_steps = num_steps
+        self.num_steps, self.prediction_type = num_steps, prediction_type
         self.k = num_train_timesteps // num_steps
         self.timesteps = torch.arange(1, num_steps + 1, device=alphas_cumprod.device) * self.k - 1
         self.reaches_end = num_steps * self.k == num_train_timesteps
@@ -140,12 +141,35 @@ class DDIMSolver:
         t_nk = self.timesteps[n]
         return t_nk, (t_nk - self.k).clamp(min=0)
 
+    def add_noise(self, z_0, noise, t):
+        """z_t: `add_noise` on the teacher's schedule."""
+        return add_noise(z_0, noise, t, self.alphas, self.sigmas)
+
+    def origin_and_noise(self, output, t, z_t):
+        """(x_0, eps): `predicted_origin` and `predicted_noise` on the teacher's schedule."""
+        x_0 = predicted_origin(output, t, z_t, self.alphas, self.sigmas, self.prediction_type)
+        return x_0, predicted_noise(output, t, z_t, self.alphas, self.sigmas, self.prediction_type)
+
     def step(self, x_0, eps, t_n):
         """z_n = alpha(t_n) x_0 + sigma(t_n) eps: one deterministic DDIM step to `t_n`; (B, C, h, w) float32.
 
         Source: `DDIMScheduler.step` with eta 0.
         """
         return add_noise(x_0, eps, t_n, self.alphas, self.sigmas)
+
+
+class ConsistencyFunction:
+    """f(z_t, t) of LCM: `consistency_function` on the schedule of a solver. It lands at s = 0, where f(z, 0) = z."""
+
+    def __init__(self, solver, timestep_scaling=10.0):
+        self.solver, self.timestep_scaling = solver, timestep_scaling
+
+    def __call__(self, output, t, z_t):
+        """f for a network's `output` at (z_t, t): (B, C, h, w) float32."""
+        solver = self.solver
+        return consistency_function(
+            output, t, z_t, solver.alphas, solver.sigmas, solver.prediction_type, self.timestep_scaling
+        )
 
 
 def consistency_loss(prediction, target, loss_type="l2", huber_c=0.001):

@@ -43,7 +43,7 @@ def measure(ema_decay, dropout, steps):
     )  # fmt: skip
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SDXL).train()
-        lora.add_adapters(unet, args)
+        lora.add_adapters(unet, args, seed=0)
     teacher = lora.AdapterView(unet, None)
     target = lora.AdapterView(unet, lora.TRAINED if ema_decay is None else lora.EMA)
 

@@ -68,7 +68,7 @@ def parameter_counts(is_sdxl, lora_rank=64):
         )
         unet = diffusers.UNet2DConditionModel(**(SDXL if is_sdxl else SD))
         size = count(unet)
-        lcm_lora.add_adapters(unet, args)
+        lcm_lora.add_adapters(unet, args, seed=0)
         return size, count(unet, trained_only=True), frozen
 
 

@@ -24,7 +24,7 @@ sys.path.append(str(HERE.parent))
 
 from lcm.evaluation import features as lcm_features  # noqa: E402
 from lcm.evaluation import measures, sampling  # noqa: E402
-from lcm.options.choices import SCHEDULERS  # noqa: E402
+from lcm.options.choices import SAMPLERS  # noqa: E402
 from lcm.pictures import samplers  # noqa: E402
 
 HELDOUT = HERE / "shards" / "heldout-00000.tar"
@@ -62,7 +62,7 @@ def frechet_distance(images):
 
 
 def load_pipeline(folder, unet=None, scheduler=None):
-    """Load a pipeline folder in float32, with another U-Net folder or one of `SCHEDULERS` if asked for."""
+    """Load a pipeline folder in float32, with another U-Net folder or one of `SAMPLERS` if asked for."""
     import diffusers
 
     parts = {"unet": diffusers.UNet2DConditionModel.from_pretrained(unet)} if unet else {}
@@ -76,7 +76,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, default=HERE / "teacher", help="Pipeline folder.")
     parser.add_argument("--unet", type=Path, help="Folder of a U-Net to use in place of the pipeline's own.")
-    parser.add_argument("--scheduler", choices=SCHEDULERS, help="Sampler; default: the pipeline's own.")
+    parser.add_argument("--scheduler", choices=SAMPLERS, help="Sampler; default: the pipeline's own.")
     parser.add_argument("--steps", type=int, nargs="+", default=[50], help="Numbers of inference steps, one row each.")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="Scale of classifier-free guidance.")
     parser.add_argument("--num_images", type=int, default=500, help="Pictures per row.")

@@ -1,45 +1,42 @@
-"""Errors that the user can mend, and the boundary that turns them into one line."""
+"""Errors that the user can correct, and how they become one line."""
 
 import logging
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from lcm.secrets import redact
 
-BEFORE_ERROR = []  # callables that `run` calls before it prints an error; the progress bar puts its `close` here
-AT_END = []  # and those that it calls when all that `train` built is gone
-
 
 class UserError(Exception):
-    """Something the user can mend; scripts print it in one line and exit with status 1."""
+    """Something that the user can correct. Scripts print it in one line and exit with status 1."""
 
 
-def first_line(error):
-    """What an exception says, in one line."""
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its class."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def run(train, args, interrupted="Stopped before the first step."):
+def run(
+    train: Callable[[Any], Callable[[], None] | None], args: Any, interrupted: str = "Stopped before the first step."
+) -> None:
     """Call `train(args)`; a UserError becomes one line on standard error and exit status 1.
 
-    `interrupted` is what Ctrl-C prints; a training run takes it as a signal from its first step to its end.
+    If `train` returns a function, that is called after the objects of `train` are freed. `interrupted` is the message
+    after Ctrl-C. Between its first step and its end, a training run handles Ctrl-C itself.
     """
-    # What the libraries say while they are imported (absent torchvision, absent kernels) concerns nothing here.
+    # Warnings of the libraries at import, about torchvision or kernels that are missing, do not matter here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    BEFORE_ERROR.clear()
-    AT_END.clear()
     try:
-        train(args)
+        at_end = train(args)
     except UserError as error:
-        for call in BEFORE_ERROR:
-            call()
         print(redact(str(error)).replace("\n", " "), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
-    BEFORE_ERROR.clear()  # the last reference to what the run built
-    for call in AT_END:
-        call()
+    if at_end is not None:
+        at_end()

@@ -1,5 +1,6 @@
-"""What the README says and a machine can check: its commands, its figures that are counted, its links."""
+"""What the README and docs/ say and a machine can check: commands, options, computed figures, links, the map."""
 
+import argparse
 import importlib
 import re
 import shlex
@@ -10,6 +11,12 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 README = (ROOT / "README.md").read_text()
+OPTIONS = (ROOT / "docs" / "options.md").read_text()
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT)) for folder in (".", "docs", "demo") for path in (ROOT / folder).glob("*.md")
+)
+# Options of other programs that the documents name: pip, torchrun, SLURM, ruff, pre-commit.
+OTHERS = {"--nproc_per_node", "--nnodes", "--signal", "--requeue", "--all-files"}
 COMMANDS = re.findall(r"^accelerate launch (train_\w+)\.py ((?:.*\\\n)*.*)$", README, re.M)
 
 
@@ -42,16 +49,127 @@ def test_estimate_of_memory_is_what_the_command_prints():
     assert len(rows) == 6
     for label, *figures in rows:
         script = label.strip("| ").split(",")[0]
-        assert any(f"`{script}`" in line and line.endswith(" | ".join(figures)) for line in README.splitlines())
+        table = (ROOT / "docs" / "performance.md").read_text().splitlines()
+        assert any(f"`{script}`" in line and line.endswith(" | ".join(figures)) for line in table)
 
 
-@pytest.mark.parametrize("document", ["README.md", "demo/README.md", "docs/inference.md"])
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 250
+
+
+def parser_of(script):
+    """The parser of a script, as it is when it gets its arguments."""
+
+    class Caught(Exception):
+        pass
+
+    def catch(parser, *args, **kwargs):
+        raise Caught(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", catch)
+        with pytest.raises(Caught) as caught:
+            importlib.import_module(script).parse_args([])
+    return caught.value.args[0]
+
+
+def options_of(parser, without=()):
+    """The options in the order of `--help`, but for `--help` itself and the groups called one of `without`."""
+    groups = [group for group in parser._action_groups if group.title not in without]
+    actions = [action for group in groups for action in group._group_actions if action.option_strings]
+    return [action.option_strings[0] for action in actions if action.dest != "help"]
+
+
+def documented(heading):
+    """The options in the first column of the tables below a heading of docs/options.md, in order."""
+    (section,) = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", OPTIONS, re.M | re.S)
+    return re.findall(r"^\| `(--\w+)` \|", section, re.M)
+
+
+# The scripts with options of their own, which each have a section of docs/options.md.
+SINGLE = sorted(
+    path.stem
+    for path in ROOT.glob("*.py")
+    if "\ndef parse_args(" in path.read_text() and not re.fullmatch(r"train_lcm_distill_\w+_wds", path.stem)
+)
+
+
+def test_options_of_the_training_scripts_are_documented():
+    """docs/options.md has every option of the four scripts, in the order of `--help`, and no other."""
+    rows = documented("The training scripts")
+    parsers = [options_of(parser_of(f"train_lcm_distill_{name}_wds")) for name in SCRIPTS]
+    assert set(rows) == set().union(*parsers) and len(set(rows)) == len(rows)
+    for options in parsers:
+        assert options == [row for row in rows if row in options]
+
+
+@pytest.mark.parametrize("script", SINGLE)
+def test_options_of_other_scripts_are_documented(script):
+    """The same for each other script; the options that load a teacher are documented once."""
+    assert documented(f"{script}.py") == options_of(parser_of(script), without=["models"])
+
+
+def test_groups_are_documented_in_the_order_of_help():
+    titles = [group.title for group in parser_of("train_lcm_distill_sd_wds")._action_groups]
+    headings = [heading.lower() for heading in re.findall(r"^### (.*)$", OPTIONS, re.M)]
+    expected = [title.lower() for title in titles if title not in ("positional arguments", "options")]
+    assert headings[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_options_that_documents_name_exist(document):
+    """Each `--option` in a document is one of a script, of the demo or of a benchmark."""
+    scripts = [f"train_lcm_distill_{name}_wds" for name in SCRIPTS] + SINGLE
+    actions = [action for script in scripts for action in parser_of(script)._actions]
+    known = OTHERS | {option for action in actions for option in action.option_strings}
+    for path in [*ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        known |= set(re.findall(r'"(--\w+)"', path.read_text()))
+    text = (ROOT / document).read_text()
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+    assert named <= known, sorted(named - known)
+
+
+def test_every_module_is_on_the_map():
+    """docs/house.md has each file of lcm/, once."""
+    rows = re.findall(r"^\| `(lcm/[\w/]+\.py)` \|", (ROOT / "docs" / "house.md").read_text(), re.M)
+    files = {str(path.relative_to(ROOT)) for path in ROOT.glob("lcm/**/*.py") if path.name != "__init__.py"}
+    assert files <= set(rows), sorted(files - set(rows))
+    assert len(set(rows)) == len(rows)
+
+
+def test_where_to_put_what_exists():
+    """Files, and names in them, in the table of CONTRIBUTING.md."""
+    rows = re.findall(r"^\| (?!change|---)[^|]* \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert len(rows) >= 12
+    for row in rows:
+        quoted = re.findall(r"`([\w./]+)`", row)
+        files = [name for name in quoted if name.endswith(".py")]
+        code = "".join((ROOT / name).read_text() for name in files)
+        for name in set(quoted) - set(files):
+            assert re.search(rf"\b{name.rpartition('.')[2]}\b", code), (name, row)
+
+
+def test_evaluation_has_the_readmes_command():
+    """The table in docs/evaluation.md stands beside the command of the README."""
+    commands = re.findall(r"^python evaluate_lcm\.py (?:.*\\\n)*.*$", README, re.M)
+    assert len(commands) == 1 and commands[0] in (ROOT / "docs" / "evaluation.md").read_text()
+
+
+def anchors(text):
+    """The fragments by which GitHub links to the headings of a document."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_and_code(document):
-    """Relative links lead somewhere; Python blocks are Python."""
+    """Relative links lead to files and headings that exist; Python blocks are Python."""
     path = ROOT / document
     text = path.read_text()
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
-        assert (path.parent / target).exists(), target
+    for target, fragment in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text):
+        linked = path.parent / target if target else path
+        assert linked.exists(), target
+        assert not fragment or fragment in anchors(linked.read_text()), (target, fragment)
     for block in re.findall(r"```python\n(.*?)```", text, re.S):
         compile(block, document, "exec")
 

@@ -1,13 +1,16 @@
-"""What decides which batches a run sees, and in which order."""
+"""The settings that decide which batches a run sees, and in which order."""
 
 from dataclasses import dataclass
 
-BATCHES_AHEAD = 2  # that a data worker makes before they are asked for; the DataLoader's default
+from lcm.options.plan import Plan
+from lcm.options.types import Options
+
+BATCHES_AHEAD = 2  # batches that a data worker prepares ahead; the default of DataLoader
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What decides which batches a run sees, and in which order."""
+    """The settings that decide which batches a process sees, and in which order."""
 
     shards: tuple[str, ...]  # local paths, http(s):// or pipe: addresses, without braces
     batch_size: int
@@ -30,29 +33,30 @@ class DataConfig:
     num_processes: int = 1
 
     @property
-    def streams_per_process(self):
+    def streams_per_process(self) -> int:
         return max(1, self.num_workers)
 
     @property
-    def num_streams(self):
+    def num_streams(self) -> int:
         return self.num_processes * self.streams_per_process
 
     @property
-    def max_bytes(self):
-        """What the streams of a process may hold: blocks of encoded samples, and batches of pixels ahead of use."""
+    def max_bytes(self) -> float:
+        """Most bytes that the streams of a process use: blocks of encoded samples, and prepared batches."""
         batch = 3 * self.resolution**2 * self.batch_size
         ahead = 1 + BATCHES_AHEAD * (self.num_workers > 0)
         return self.streams_per_process * (self.shuffle_buffer_mb * 1e6 + ahead * batch)
 
 
-def data_config(args, shards, accelerator):
-    """The options' and the process's DataConfig; `shards` come from `expand_shards`."""
-    names = DataConfig.__dataclass_fields__.keys() & vars(args).keys()
+def data_config(args: Options, plan: Plan, rank: int) -> DataConfig:
+    """The DataConfig of one process."""
+    names = DataConfig.__dataclass_fields__.keys() & vars(args).keys() - {"seed"}
     return DataConfig(
-        shards=shards,
+        shards=plan.shards,
+        seed=plan.seed,
         batch_size=args.train_batch_size,
         num_workers=args.dataloader_num_workers,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
+        rank=rank,
+        num_processes=plan.num_processes,
         **{name: getattr(args, name) for name in names},
     )

@@ -15,10 +15,10 @@ from accelerate.utils import gather_object
 from lcm.data.commands import end_children
 from lcm.data.config import BATCHES_AHEAD
 from lcm.data.order import ORDER_VERSION, Position, shard_parts
-from lcm.data.shards import CAPTION_SUFFIXES, IMAGE_SUFFIXES
 from lcm.data.stream import Stream
 from lcm.data.tally import Tally, describe
 from lcm.errors import UserError, first_line
+from lcm.options.choices import CAPTION_SUFFIXES, PICTURE_FORMATS
 from lcm.secrets import redact
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class TrainingData:
                     raise UserError(
                         "--train_shards_path_or_url: a whole pass over the shards gave no usable sample. "
                         f"Skipped: {describe(self.tally.skipped)}. A sample needs a picture "
-                        f"({', '.join(IMAGE_SUFFIXES)}) and a caption ({', '.join(CAPTION_SUFFIXES)}, or "
+                        f"({', '.join(PICTURE_FORMATS)}) and a caption ({', '.join(CAPTION_SUFFIXES)}, or "
                         "--caption_key in its JSON), and must pass the filters"
                     )
                 continue

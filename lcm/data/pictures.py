@@ -5,16 +5,9 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
+from lcm.options.choices import INTERPOLATIONS, PICTURE_FORMATS
+
 MAX_ASPECT_RATIO = 16  # resizing a thinner picture to the resolution would take gigabytes
-INTERPOLATION = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "nearest": Image.Resampling.NEAREST,
-    "nearest_exact": Image.Resampling.NEAREST,  # Pillow's nearest is already the exact one
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 
 
 class Unusable(Exception):
@@ -28,7 +21,7 @@ def open_image(data):
     MemoryError is no fault of the picture's, and is raised.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+        image = Image.open(io.BytesIO(data), formats=sorted({*PICTURE_FORMATS.values()}))
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise Unusable("picture too thin", f"{image.width} x {image.height}")
         image.load()
@@ -55,7 +48,7 @@ def transform(image, config, rng):
     resolution, shorter = config.resolution, min(image.size)
     width, height = (int(resolution * side / shorter) for side in image.size)  # rounded as torchvision's `resize`
     if (width, height) != image.size:
-        image = image.resize((width, height), INTERPOLATION[config.interpolation_type])
+        image = image.resize((width, height), Image.Resampling[INTERPOLATIONS[config.interpolation_type]])
     if config.center_crop:
         left, top = (width - resolution) // 2, (height - resolution) // 2
     else:

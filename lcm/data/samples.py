@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from lcm.data.pictures import Unusable, open_image, transform
-from lcm.data.shards import CAPTION_SUFFIXES, IMAGE_SUFFIXES, TooLarge
+from lcm.data.shards import TooLarge
+from lcm.options.choices import CAPTION_SUFFIXES, PICTURE_FORMATS
 
 
 def read_caption(sample, info, caption_key, rng):
@@ -62,10 +63,10 @@ def decode_sample(sample, config, rng):
     for name, data in sample.items():
         if isinstance(data, TooLarge):
             raise Unusable("member too large", f".{name} has {data.size} bytes")
-    suffix = next((s for s in IMAGE_SUFFIXES if sample.get(s) is not None), None)
+    suffix = next((s for s in PICTURE_FORMATS if sample.get(s) is not None), None)
     if suffix is None:
         found = ", ".join(f".{name}" for name in sample if not name.startswith("__"))
-        raise Unusable("no picture", f"there is {found}, but no .{', .'.join(IMAGE_SUFFIXES)}")
+        raise Unusable("no picture", f"there is {found}, but no .{', .'.join(PICTURE_FORMATS)}")
     info = read_json(sample)
     caption = read_caption(sample, info, config.caption_key, rng)
     is_scored = info.get("pwatermark") is not None

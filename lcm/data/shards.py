@@ -19,6 +19,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 from lcm.data.commands import open_url
 from lcm.data.http import HttpFile
 from lcm.errors import UserError
+from lcm.options.choices import CAPTION_SUFFIXES, PICTURE_FORMATS
 from lcm.secrets import redact
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,6 @@ def expand_shards(patterns, option="--train_shards_path_or_url"):
     if not present:
         raise UserError(f"{option}: {redact(' '.join(patterns))!r} matches no shard")
     return present
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-CAPTION_SUFFIXES = ("txt", "text", "caption")
 MAX_PICTURE_BYTES, MAX_TEXT_BYTES = 1 << 28, 1 << 20  # a tokenizer takes a second for a megabyte
 
 
@@ -74,7 +73,7 @@ class TooLarge:
 def max_size(name):
     """The most bytes that are read of a member; 0 for all that no sample is made of."""
     suffix = (base_plus_ext(name)[1] or "").lower()
-    if suffix in IMAGE_SUFFIXES:
+    if suffix in PICTURE_FORMATS:
         return MAX_PICTURE_BYTES
     return MAX_TEXT_BYTES if suffix in (*CAPTION_SUFFIXES, "json") else 0
 

@@ -13,10 +13,11 @@ import transformers
 
 from lcm.data.config import DataConfig
 from lcm.data.pictures import Unusable, open_image, transform
-from lcm.data.shards import IMAGE_SUFFIXES, Problem, expand_shards, read_shard
+from lcm.data.shards import Problem, expand_shards, read_shard
 from lcm.data.tally import describe
 from lcm.errors import UserError, first_line
 from lcm.models.loading import load_pretrained
+from lcm.options.choices import PICTURE_FORMATS
 from lcm.secrets import redact
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def reference_pictures(source, resolution, limit, batch_size):
     if count < 2:
         raise UserError(
             f"--reference_images: {redact(source)!r} holds {count} usable pictures; allowed: a folder or shards with "
-            f"at least 2 (.{', .'.join(IMAGE_SUFFIXES)})"
+            f"at least 2 (.{', .'.join(PICTURE_FORMATS)})"
         )
 
 
@@ -62,14 +63,14 @@ def encoded_pictures(source):
     """Yield the bytes of every picture in a folder or in shards, and a Problem for each sample without one."""
     if os.path.isdir(source):
         for path in sorted(Path(source).rglob("*")):
-            if path.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES:
+            if path.suffix.lower().removeprefix(".") in PICTURE_FORMATS:
                 yield path.read_bytes()
         return
     for sample in itertools.chain.from_iterable(map(read_shard, expand_shards([source], "--reference_images"))):
         if isinstance(sample, Problem):
             yield sample
         else:
-            found = (sample[suffix] for suffix in IMAGE_SUFFIXES if sample.get(suffix) is not None)
+            found = (sample[suffix] for suffix in PICTURE_FORMATS if sample.get(suffix) is not None)
             yield next(found, Problem("no picture", sample["__key__"]))
 
 

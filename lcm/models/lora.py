@@ -1,33 +1,37 @@
 """Adapters in one U-Net, which is teacher, target and student in turn.
 
-The teacher is the U-Net with its adapter switched off, the target is the U-Net without dropout, so one copy of the
-base weights does for all three. The base is frozen, in the precision of the mixed precision; adapters are float32.
+The teacher is the U-Net with its adapter disabled, the target is the U-Net without dropout. So one copy of the base
+weights is enough for all three. The base is frozen, in the mixed precision; adapters are float32.
 """
 
 import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lcm.errors import UserError
+from lcm.options.types import Options
 
 logger = logging.getLogger(__name__)
 
-TRAINED, EMA = "lcm", "ema"  # names of adapters in the U-Net
+TRAINED, EMA = "lcm", "ema"  # names of the two adapters in the U-Net
 DEFAULT_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 )  # fmt: skip
 
 
-def find_targets(unet, option):
-    """The endings of layer names that get an adapter: those of `--lora_target_modules`, else the usual ones.
+def find_targets(unet: UNet2DConditionModel, option: str | None) -> list[str]:
+    """The layers that get an adapter, as ends of names: those of `--lora_target_modules`, or the default ones.
 
-    Raises UserError for a name that no linear or convolutional layer has, or that other modules have too.
+    Raises UserError for a name that fits no linear or convolutional layer, or that fits other modules too.
     """
     if option is None:
         return list(DEFAULT_TARGETS)
@@ -45,18 +49,18 @@ def find_targets(unet, option):
     return targets
 
 
-def add_adapters(unet, args):
-    """Freeze the U-Net and give it a trainable adapter, and with `--ema_decay` its moving average as another one.
+def add_adapters(unet: UNet2DConditionModel, args: Options, seed: int) -> None:
+    """Freeze the U-Net and give it a trainable adapter, and with `--ema_decay` a second one for the EMA.
 
-    The start is a function of the seed, the same on every process: A at random, B zero, so that the student is the
-    teacher. Raises UserError for targets that do not exist.
+    The adapter starts as a function of the seed, the same on every process: A at random, B zero, so that the student
+    is the teacher. Raises UserError for `--lora_target_modules` that do not exist.
     """
     targets = find_targets(unet, args.lora_target_modules)
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are what we want
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are wanted
         for name in (EMA, TRAINED) if args.ema_decay is not None else (TRAINED,):  # the last one stays active
-            torch.manual_seed(args.seed)
+            torch.manual_seed(seed)
             unet.add_adapter(
                 LoraConfig(
                     r=args.lora_rank,
@@ -71,20 +75,20 @@ def add_adapters(unet, args):
     logger.info("LoRA: %s, in %d layers", size, len(adapter_layers(unet)))
     if args.w_min < args.w_max:
         logger.info(
-            "--w_min, --w_max: a LoRA is not told the guidance weight and learns an average over [%g, %g]; a narrow "
-            "range, or one value for both, gives sharper pictures",
+            "--w_min, --w_max: the guidance weight is not an input of a LoRA, which learns an average over [%g, %g]; "
+            "a narrow range, or one value for both, gives sharper pictures",
             args.w_min,
             args.w_max,
         )
 
 
-def adapter_layers(unet):
-    """The layers of a U-Net that hold adapters."""
+def adapter_layers(unet: UNet2DConditionModel) -> list[BaseTunerLayer]:
+    """The layers of a U-Net that have adapters."""
     return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def adapter_parameters(unet, adapter):
-    """The parameters of one adapter, by names that do not contain the adapter's own."""
+def adapter_parameters(unet: UNet2DConditionModel, adapter: str) -> dict[str, torch.nn.Parameter]:
+    """The parameters of one adapter. The adapter's name is left out of their names, so two adapters have the same."""
     return {
         name.replace(f".{adapter}.", "."): parameter
         for name, parameter in unet.named_parameters()
@@ -92,12 +96,12 @@ def adapter_parameters(unet, adapter):
     }
 
 
-def switch(layers, adapter):
-    """Make `adapter`, or none, the active one in `layers`, and leave every requires_grad as it is.
+def switch(layers: list[BaseTunerLayer], adapter: str | None) -> None:
+    """Activate `adapter`, or for None no adapter, in `layers`, and leave every requires_grad as it is.
 
-    peft's `set_adapter` and `enable_adapters` also set requires_grad on each weight, which takes most of their time
-    and means nothing under no_grad. Attributes are set past `torch.nn.Module.__setattr__`, which takes most of what is
-    left. Raises RuntimeError if a future peft keeps its switches elsewhere; without the check the teacher would
+    peft's `set_adapter` and `enable_adapters` also set requires_grad on each weight. That takes most of their time and
+    has no effect under no_grad. `torch.nn.Module.__setattr__`, which takes most of the rest, is avoided too. Raises
+    RuntimeError if a future peft keeps these states elsewhere; without the check the teacher would
     silently be the student.
     """
     state = {"_disable_adapters": adapter is None} | ({} if adapter is None else {"_active_adapter": [adapter]})
@@ -111,20 +115,20 @@ def switch(layers, adapter):
 class AdapterView:
     """The U-Net with one of its adapters, or with none, and without dropout; called under no_grad.
 
-    After a call the U-Net is the student again, adapter and dropout switched on: the backward pass needs it so. With
-    gradient checkpointing it runs the student's layers anew, and without it a layer in the wrong mode would silently
-    give wrong gradients.
+    After a call the U-Net is the student again, with adapter and dropout. The backward pass needs that: gradient
+    checkpointing runs the student's layers again, and even without it a layer in the wrong mode would silently give
+    wrong gradients.
     """
 
-    def __init__(self, unet, adapter):
+    def __init__(self, unet: UNet2DConditionModel, adapter: str | None):
         self.unet, self.adapter = unet, adapter
-        # Kept in lists, because walking through all modules of SDXL takes 25 ms each time.
+        # Lists, because a walk through all modules of SDXL takes 25 ms.
         self.layers = adapter_layers(unet)
         self.dropouts = [module for module in unet.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
 
     @contextlib.contextmanager
-    def active(self):
-        """Yield the U-Net with this adapter alone and no dropout."""
+    def active(self) -> Iterator[UNet2DConditionModel]:
+        """Yield the U-Net with only this adapter and without dropout."""
         was_training = [dropout.training for dropout in self.dropouts]
         try:
             for dropout in self.dropouts:
@@ -139,6 +143,7 @@ class AdapterView:
                 vars(dropout)["training"] = training
 
     @torch.no_grad()
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The U-Net's output."""
         with self.active() as unet:
             return unet(*args, **kwargs)

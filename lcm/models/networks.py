@@ -1,12 +1,19 @@
-"""What was trained, whole U-Nets or a LoRA: its files, and how they are used."""
+"""Teacher, student and target of a run, and their files: for a whole U-Net, and for a LoRA."""
 
-import json
+import contextlib
+import copy
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import cached_property, partial
+from typing import Any, Self
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from diffusers import UNet2DConditionModel
 
-from lcm.models.lora import EMA, TRAINED
+from lcm.models.lora import EMA, TRAINED, AdapterView, adapter_parameters
 from lcm.models.lora_files import (
     DIFFUSERS_FILE,
     KOHYA_FILE,
@@ -15,135 +22,238 @@ from lcm.models.lora_files import (
     save_for_diffusers,
     save_for_kohya,
 )
-from lcm.models.sharding import gathered, load_weights
-from lcm.options.checks import default_guidance_scale
+from lcm.models.sharding import gathered, is_sharded, load_weights, shard_like_student
+from lcm.models.usage import Machine, lora_code, unet_code
+from lcm.options.types import Options
+
+View = Callable[[], AbstractContextManager[UNet2DConditionModel]]
 
 
-class FullModel:
-    """A whole U-Net that was trained, and its moving average, in the layout of diffusers.
+class Networks:
+    """Teacher, student and target of a run, and the files of the trained networks.
 
-    `networks` maps folder names to the models, unwrapped; `exported` names the one to sample from, which
-    `scheduler` fits.
+    `teacher`, `student` and `target` are called as a UNet2DConditionModel is; after `prepare` the student is the one
+    that accelerate wrapped, and `unet` the same without wrappers. `networks` are all U-Nets in memory, each once.
+    `weights` and `averaged` are the parameters of the student and of its EMA by the same names, once the student is
+    prepared; the second is empty without an EMA. For pictures, `teacher_view` and the values of `views`, by label,
+    return a context manager: entering it gives a U-Net ready for sampling, leaving it restores the training state.
+    `outputs` are the names that a run writes in the output folder.
     """
+
+    title: str  # for the model card
+    tags: list[str]  # for the model card
+    relation: str  # of the result to the teacher, as the Hub calls it
+    takes_guidance: bool  # whether the guidance scale is an input of the student
+    outputs: list[str]
+    networks: list[UNet2DConditionModel]
+    weights: dict[str, torch.Tensor]
+    averaged: dict[str, torch.Tensor]
+    teacher_view: View
+    views: dict[str, View]
+
+    def __init__(self, args: Options, teacher: Any, student: Any, target: Any):
+        self.args, self.teacher, self.student, self.target = args, teacher, student, target
+        self.unet = student
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters for the optimizer."""
+        return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+
+    def prepare(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> AcceleratedOptimizer:
+        """Let accelerate wrap the student for the processes of this run; returns the wrapped optimizer."""
+        self.student, optimizer = accelerator.prepare(self.student, optimizer)
+        # Without the wrappers of DistributedDataParallel and torch.compile: the same weights under their plain names.
+        self.unet = accelerator.unwrap_model(self.student, keep_torch_compile=False)
+        return optimizer
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP shards the weights. If so, all processes have to call the networks together."""
+        return is_sharded(self.student)
+
+    def gathered(self) -> Self:
+        """These networks with complete weights, for files; only those on the main process. All processes call this."""
+        return self
+
+    def save(self, folder: str) -> None:
+        """Write the networks for a checkpoint to `folder`."""
+        raise NotImplementedError
+
+    def load(self, folder: str) -> None:
+        """Read the files of `save`."""
+        raise NotImplementedError
+
+    def export(self, folder: str) -> None:
+        """Write the networks for users to `folder`."""
+        raise NotImplementedError
+
+    def describe(self, output_dir: str) -> list[str]:
+        """Lines that say which files `export` wrote."""
+        raise NotImplementedError
+
+    def pushed_files(self, output_dir: str) -> dict[str, str]:
+        """The files for the Hub, {path in the repository: path here}."""
+        raise NotImplementedError
+
+    def usage_code(self, teacher: str, source: str, on_hub: bool, machine: Machine) -> str:
+        """Python that samples from `source`: a repository if `on_hub`, else the output folder of this run."""
+        raise NotImplementedError
+
+    def card_text(self) -> str:
+        """What it is and how it is used, for the model card."""
+        raise NotImplementedError
+
+    def card_rows(self) -> dict[str, Any]:
+        """Rows for the model card's table of options."""
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def eval_mode(network: UNet2DConditionModel) -> Iterator[UNet2DConditionModel]:
+    """Yield a network in eval mode; its mode is restored afterwards."""
+    was_training = network.training
+    try:
+        yield network.eval()
+    finally:
+        network.train(was_training)
+
+
+class WholeUNet(Networks):
+    """A U-Net that is trained with all its weights, and its EMA, which is the target. Files are diffusers'."""
 
     title = "A latent consistency model"
     tags = ["latent-consistency-model", "stable-diffusion", "text-to-image"]
     relation = "finetune"
+    takes_guidance = True
+    exported = "unet_target"  # the folder of the network to sample from
+    outputs = ["unet", exported, "scheduler"]
 
-    def __init__(self, args, networks, exported, scheduler):
-        self.args, self.networks, self.exported, self.scheduler = args, networks, exported, scheduler
-        self.outputs = [*networks, "scheduler"]
+    @property
+    def networks(self) -> list[UNet2DConditionModel]:
+        return [self.student, self.teacher, self.target]
 
-    def gathered(self):
-        """The same with whole networks, where FSDP splits them over processes; all processes call this together, and
-        the first one's is of use."""
-        networks = {name: gathered(network) for name, network in self.networks.items()}
-        return FullModel(self.args, networks, self.exported, self.scheduler)
+    @property
+    def saved(self) -> dict[str, UNet2DConditionModel]:
+        """{folder: network}"""
+        return {"unet": self.unet, self.exported: self.target}
 
-    def save(self, folder):
-        """Write what a checkpoint needs, and the scheduler, so that it can be sampled from, to `folder`."""
-        for name, network in self.networks.items():
+    @property
+    def teacher_view(self) -> View:
+        return partial(eval_mode, self.teacher)
+
+    @cached_property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return dict(self.unet.named_parameters())
+
+    @cached_property
+    def averaged(self) -> dict[str, torch.Tensor]:
+        return dict(self.target.named_parameters())
+
+    @property
+    def views(self) -> dict[str, View]:
+        return {"student": partial(eval_mode, self.unet), "EMA": partial(eval_mode, self.target)}
+
+    def prepare(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> AcceleratedOptimizer:
+        """Let accelerate wrap the student, and shard the target in the same way; returns the wrapped optimizer."""
+        optimizer = super().prepare(accelerator, optimizer)
+        if self.is_sharded:
+            self.target = shard_like_student(accelerator, self.target)
+        return optimizer
+
+    def gathered(self) -> Self:
+        """These networks with complete weights, for files; only those on the main process. All processes call this."""
+        complete = copy.copy(self)
+        complete.unet, complete.target = gathered(self.unet), gathered(self.target)
+        return complete
+
+    def save(self, folder: str) -> None:
+        for name, network in self.saved.items():
             network.save_pretrained(os.path.join(folder, name))
-        self.scheduler.save_pretrained(os.path.join(folder, "scheduler"))
 
-    def load(self, folder):
-        """Read what `save` wrote."""
-        for name, network in self.networks.items():
+    def load(self, folder: str) -> None:
+        for name, network in self.saved.items():
             saved = UNet2DConditionModel.from_pretrained(folder, subfolder=name)
             load_weights(network, saved.state_dict())
 
-    def export(self, folder):
-        """Write each network to its own folder in `folder`, in float32 and as fp16 variant."""
+    def export(self, folder: str) -> None:
         self.save(folder)
-        for name, network in self.networks.items():
+        for name, network in self.saved.items():
             weights = {key: tensor.to("cpu", torch.float16) for key, tensor in network.state_dict().items()}
             with torch.device("meta"):  # no second copy in float32, on the GPU or here
                 half = type(network).from_config(network.config)
             half.load_state_dict(weights, assign=True)
             half.save_pretrained(os.path.join(folder, name), variant="fp16")
 
-    def describe(self, output_dir):
-        """Lines that say what `export` wrote."""
-        names = ", ".join(os.path.join(output_dir, name) for name in self.networks)
+    def describe(self, output_dir: str) -> list[str]:
+        names = ", ".join(os.path.join(output_dir, name) for name in self.saved)
         return [f'{names}: the networks, also as variant="fp16"; use {self.exported}']
 
-    def pushed_files(self, output_dir):
-        """What goes to the Hub, as {path in the repository: path here}: the exported network lies in the root."""
+    def pushed_files(self, output_dir: str) -> dict[str, str]:
         folder = os.path.join(output_dir, self.exported)
         return {name: os.path.join(folder, name) for name in sorted(os.listdir(folder))}
 
-    def usage_code(self, teacher, source, on_hub, machine):
-        """Python that samples from `source`, a repository if `on_hub`, else this run's output folder, on a Machine."""
-        args = self.args
-        where = "" if on_hub else f', subfolder="{self.exported}"'
-        where += ', variant="fp16"' if machine.device != "cpu" else ""
-        scale, steps = default_guidance_scale(args), min(4, args.num_ddim_timesteps)
-        return f"""\
-import torch
-from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+    def usage_code(self, teacher: str, source: str, on_hub: bool, machine: Machine) -> str:
+        folder = None if on_hub else self.exported
+        return unet_code(self.args, teacher, source, folder, machine)
 
-{machine.other_kind}
-unet = UNet2DConditionModel.from_pretrained("{source}"{where}, {machine.dtype})
-scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
-pipeline = DiffusionPipeline.from_pretrained(
-    "{teacher}", unet=unet, scheduler=scheduler, {machine.dtype}
-){machine.move}
-
-# Trained for guidance scales from {args.w_min + 1:g} to {args.w_max + 1:g}; a negative prompt has no effect.
-prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
-image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={scale:g}).images[0]
-image.save("lcm.png")
-"""
-
-    def card_text(self):
-        """A sentence on what it is and how it is used."""
+    def card_text(self) -> str:
         return "This U-Net samples in 1 to 8 steps. The guidance scale is one of its inputs and costs nothing extra."
 
-    def card_rows(self):
-        """Rows for the card's table on the training, as a dict."""
+    def card_rows(self) -> dict[str, Any]:
         return {"guidance embedding": self.args.unet_time_cond_proj_dim, "EMA decay": self.args.ema_decay}
 
 
-class LoraModel:
-    """A LoRA that was trained, and its moving average if there is one, in the formats that people load.
+class Lora(Networks):
+    """A LoRA that is trained in the teacher's own U-Net. With an EMA, the EMA is exported.
 
-    `unet` is unwrapped; it holds the adapters. The moving average, if there is one, is what is exported. `scheduler`
-    fits it.
+    `student` is the U-Net with the adapters; `teacher` and `target` are AdapterViews of it.
     """
 
     title = "An LCM-LoRA"
     tags = ["lora", "latent-consistency-model", "stable-diffusion", "text-to-image"]
     relation = "adapter"
+    takes_guidance = False
+    outputs = [DIFFUSERS_FILE, KOHYA_FILE, STUDENT_FOLDER, "scheduler"]
 
-    def __init__(self, args, unet, scheduler):
-        self.args, self.unet, self.scheduler = args, unet, scheduler
+    def __init__(self, args: Options, teacher: AdapterView, student: UNet2DConditionModel, target: AdapterView):
+        super().__init__(args, teacher, student, target)
         self.exported = TRAINED if args.ema_decay is None else EMA
-        self.outputs = [DIFFUSERS_FILE, KOHYA_FILE, STUDENT_FOLDER, "scheduler"]
 
-    def gathered(self):
-        """The same: a LoRA is whole on every process."""
-        return self
+    @property
+    def networks(self) -> list[UNet2DConditionModel]:
+        return [self.student]
 
-    def save(self, folder):
-        """Write what a checkpoint needs, and the scheduler, so that it can be sampled from, to `folder`."""
+    @property
+    def teacher_view(self) -> View:
+        return self.teacher.active
+
+    @property
+    def views(self) -> dict[str, View]:
+        return {"LoRA": self.target.active}
+
+    @cached_property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return adapter_parameters(self.unet, TRAINED)
+
+    @cached_property
+    def averaged(self) -> dict[str, torch.Tensor]:
+        return adapter_parameters(self.unet, EMA)
+
+    def save(self, folder: str) -> None:
         save_for_diffusers(self.unet, self.exported, folder)
         if self.exported != TRAINED:
             save_for_diffusers(self.unet, TRAINED, os.path.join(folder, STUDENT_FOLDER))
-        self.scheduler.save_pretrained(os.path.join(folder, "scheduler"))
 
-    def load(self, folder):
-        """Read what `save` wrote."""
+    def load(self, folder: str) -> None:
         load_adapter(self.unet, self.exported, folder)
         if self.exported != TRAINED:
             load_adapter(self.unet, TRAINED, os.path.join(folder, STUDENT_FOLDER))
 
-    def export(self, folder):
-        """Write the files for diffusers and for kohya's readers to `folder`."""
+    def export(self, folder: str) -> None:
         self.save(folder)
         save_for_kohya(self.unet, self.exported, os.path.join(folder, KOHYA_FILE))
 
-    def describe(self, output_dir):
-        """Lines that say what `export` wrote."""
+    def describe(self, output_dir: str) -> list[str]:
         lines = [
             f"{os.path.join(output_dir, DIFFUSERS_FILE)}: the LoRA for diffusers, float32",
             f"{os.path.join(output_dir, KOHYA_FILE)}: the same for ComfyUI and A1111, float16",
@@ -152,37 +262,19 @@ class LoraModel:
             lines.append(f"{os.path.join(output_dir, STUDENT_FOLDER)}: as the optimizer left it; the rest is its EMA")
         return lines
 
-    def pushed_files(self, output_dir):
-        """What goes to the Hub, as {path in the repository: path here}."""
+    def pushed_files(self, output_dir: str) -> dict[str, str]:
         return {name: os.path.join(output_dir, name) for name in (DIFFUSERS_FILE, KOHYA_FILE)}
 
-    def usage_code(self, teacher, source, on_hub, machine):
-        """Python that samples with what lies at `source`, a repository or this run's output folder, on a Machine."""
-        args = self.args
-        return f"""\
-import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+    def usage_code(self, teacher: str, source: str, on_hub: bool, machine: Machine) -> str:
+        return lora_code(self.args, teacher, source, machine)
 
-{machine.other_kind}
-pipeline = DiffusionPipeline.from_pretrained("{teacher}", {machine.dtype}){machine.move}
-pipeline.scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
-pipeline.load_lora_weights("{source}", weight_name="{DIFFUSERS_FILE}")
-
-# Guidance is part of what was learned: 1 adds none; from 1 to 2 a negative prompt has an effect.
-prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
-image = pipeline(prompt, num_inference_steps={min(4, args.num_ddim_timesteps)}, guidance_scale=1).images[0]
-image.save("lcm.png")
-"""
-
-    def card_text(self):
-        """A sentence on what it is and how it is used."""
+    def card_text(self) -> str:
         return (
             "This LoRA lets its base model, and other fine-tunes of it, sample in 1 to 8 steps. "
             f"`{DIFFUSERS_FILE}` is for diffusers, `{KOHYA_FILE}` for ComfyUI and A1111."
         )
 
-    def card_rows(self):
-        """Rows for the card's table on the training, as a dict."""
+    def card_rows(self) -> dict[str, Any]:
         args = self.args
         rows = {"LoRA": f"rank {args.lora_rank}, alpha {args.lora_alpha}, dropout {args.lora_dropout:g}"}
         return rows if args.ema_decay is None else {**rows, "EMA decay": args.ema_decay}

@@ -4,6 +4,7 @@ import diffusers
 
 from lcm.errors import UserError
 from lcm.models.loading import OPTION, load_config, load_part
+from lcm.options.choices import PREDICTION_TYPES
 
 
 def load_noise_schedule(args):
@@ -18,9 +19,9 @@ def load_noise_schedule(args):
     prediction_type = schedule.config.prediction_type
     if "beta_schedule" not in raw:
         raise UserError(f"{OPTION}: its scheduler, {raw.get('_class_name')}, has no beta schedule to distil along")
-    if prediction_type not in ("epsilon", "v_prediction", "sample"):
+    if prediction_type not in PREDICTION_TYPES:
         raise UserError(
-            f"{OPTION}: its prediction type is {prediction_type!r}; allowed: epsilon, v_prediction, sample"
+            f"{OPTION}: its prediction type is {prediction_type!r}; allowed: {', '.join(PREDICTION_TYPES)}"
         )
     alphas = schedule.alphas_cumprod
     if len(alphas) < args.num_ddim_timesteps:

@@ -1,21 +1,21 @@
-"""Parsing with the checks that concern several options, or need the file system."""
+"""Parsing, and the checks that concern several options or need the file system."""
 
 import importlib.util
 import os
 
 from lcm.options.choices import TRACKERS
 from lcm.options.files import existing_parent, find_checkpoint, is_repository_name, read_prompts, repository_name
-from lcm.options.types import Options
+from lcm.options.types import Options, Parser
 
 
-def parse(parser, argv=None):
+def parse(parser: Parser, argv: list[str] | None = None) -> Options:
     """Parse and check; on a wrong option print one line that begins with its name, and exit with status 2."""
     args = parser.parse_args(argv, Options())
     args.script = parser.prog
     args.defaults = {name: parser.get_default(name) for name in vars(args)}
     args.left_at_default = {name for name, value in vars(args).items() if value == args.defaults[name]}
 
-    def need(condition, option, message):
+    def need(condition: object, option: str, message: str) -> None:
         if not condition:
             parser.error(f"{option}: {message}")
 
@@ -56,9 +56,10 @@ def parse(parser, argv=None):
         args.validation_teacher_steps = sorted({most, 25})
     if args.local_rank != -1:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    args.freeze()
     return args
 
 
-def default_guidance_scale(args):
-    """What a pipeline is given where nobody asks for more: 7.5, moved into the range of the training."""
+def default_guidance_scale(args: Options) -> float:
+    """A pipeline's guidance scale if none is given: 7.5, moved into the range of the training."""
     return min(max(7.5, args.w_min + 1), args.w_max + 1)

@@ -1,15 +1,38 @@
-"""What a user may choose from: samplers, trackers, and the default prompts."""
+"""What a user may choose, one table a choice. Parser, checks and code read the tables here.
 
+The tables name what other libraries do. Losses and prediction types are ours: `lcm_common.py` computes them, under the
+same names.
+"""
 
+LOSSES = ("l2", "huber")  # computed by lcm_common.consistency_loss
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # of a teacher; converted by lcm_common.predicted_origin
+PRECISIONS = ("no", "fp16", "bf16")  # those of accelerate that the scripts can train in
 
-VALIDATION_PROMPTS = [
-    "a watercolour of a lighthouse on a cliff at dusk, gentle waves, warm light in the windows",
-    "portrait of an old fisherman in a yellow raincoat, shallow depth of field, overcast morning",
-    "a bowl of ramen on a wooden counter, steam, neon signs out of focus behind it",
-    "a small red fox asleep in fresh snow, soft light, detailed fur",
-]
-# Samplers: the class in diffusers, and what it does not take over from the teacher's own scheduler.
-SCHEDULERS = {
+# Optimizers: module and class. --use_8bit_adam picks the second.
+OPTIMIZERS = {
+    "adamw": ("torch.optim", "AdamW"),
+    "adamw_8bit": ("bitsandbytes.optim", "AdamW8bit"),
+}
+# Schedules of the learning rate, as diffusers.optimization.get_scheduler calls them.
+LR_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+# Pictures in shards: file suffix, and Pillow's name of the format.
+PICTURE_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
+# Suffixes of caption files, in the order in which they are looked for.
+CAPTION_SUFFIXES = ("txt", "text", "caption")
+# How pictures are resized: name, and Pillow's name of the filter. Its nearest is already the exact one.
+INTERPOLATIONS = {
+    "bilinear": "BILINEAR",
+    "bicubic": "BICUBIC",
+    "box": "BOX",
+    "nearest": "NEAREST",
+    "nearest_exact": "NEAREST",
+    "hamming": "HAMMING",
+    "lanczos": "LANCZOS",
+}
+
+# Samplers: the class in diffusers, and the settings that are not the teacher's.
+SAMPLERS = {
     "ddim": ("DDIMScheduler", {}),
     "ddim-trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
     "dpm++": ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading"}),
@@ -19,10 +42,23 @@ SCHEDULERS = {
     "unipc-trailing": ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}),
     "lcm": ("LCMScheduler", {}),
 }
-# What accelerate can log to, and the packages of which each needs one.
+
+# Trackers that accelerate knows, and the packages of which each needs one.
 TRACKERS = {
     "tensorboard": ("tensorboard", "tensorboardX"),
-    **{name: (name,) for name in (
-        "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio",
-    )},
-}  # fmt: skip
+    "wandb": ("wandb",),
+    "comet_ml": ("comet_ml",),
+    "aim": ("aim",),
+    "mlflow": ("mlflow",),
+    "clearml": ("clearml",),
+    "dvclive": ("dvclive",),
+    "swanlab": ("swanlab",),
+    "trackio": ("trackio",),
+}
+
+VALIDATION_PROMPTS = [
+    "a watercolour of a lighthouse on a cliff at dusk, gentle waves, warm light in the windows",
+    "portrait of an old fisherman in a yellow raincoat, shallow depth of field, overcast morning",
+    "a bowl of ramen on a wooden counter, steam, neon signs out of focus behind it",
+    "a small red fox asleep in fresh snow, soft light, detailed fur",
+]

@@ -1,15 +1,17 @@
 """The options of the training scripts, in groups.
 
-A script picks the groups it needs and passes its own defaults where the four scripts differ.
+A script adds the groups that it needs, and passes its own defaults where the scripts differ.
 """
 
 import argparse
 
-from lcm.options.choices import TRACKERS, VALIDATION_PROMPTS
-from lcm.options.types import integer, names, number, sizes, text
+from lcm.options.choices import INTERPOLATIONS, LOSSES, LR_SCHEDULES, PRECISIONS, TRACKERS, VALIDATION_PROMPTS
+from lcm.options.types import Parser, integer, names, number, sizes, text
+
+Group = argparse._ArgumentGroup
 
 
-def add_model_options(parser):
+def add_model_options(parser: Parser) -> None:
     group = parser.add_argument_group("models")
     add = group.add_argument
     add("--pretrained_teacher_model", type=text, required=True, metavar="ID_OR_FOLDER",
@@ -24,7 +26,7 @@ def add_model_options(parser):
         help="Where downloaded models are kept, instead of the Hub client's own cache.")
 
 
-def add_output_options(parser):
+def add_output_options(parser: Parser) -> None:
     group = parser.add_argument_group("output, logging and resuming")
     add = group.add_argument
     add("--output_dir", type=text, default="lcm-xl-distilled", metavar="FOLDER",
@@ -41,20 +43,20 @@ def add_output_options(parser):
     add("--logging_steps", type=integer(1), default=10, metavar="STEPS",
         help="Log metrics every so many optimizer steps, as means over them, to the trackers and metrics.jsonl.")
     add("--checkpointing_steps", type=integer(1), default=500, metavar="STEPS",
-        help="Save everything needed to go on exactly, every so many optimizer steps.")
+        help="Save all that an exact resume needs, every so many optimizer steps.")
     add("--checkpoints_total_limit", type=integer(1), metavar="N",
-        help="Keep the newest N checkpoints; older ones go once the new one is safe. All are kept if unset.")
+        help="Keep the newest N checkpoints; older ones are removed once the new one is safe. If unset, all are kept.")
     add("--resume_from_checkpoint", metavar="latest|FOLDER",
-        help="Go on from a checkpoint, by name in --output_dir or by path. `latest` starts anew if there is none.")
+        help="Resume from a checkpoint, by name in --output_dir or by path; `latest`, without one, starts a new run.")
     add("--resume_with_changed_options", action="store_true",
         help="Resume although options, or the number of processes, differ from the checkpoint's: each difference is a "
-             "warning, not an error. It costs exactness: the run is not bit for bit the one that it would have been. "
-             "Where this changes the order of the data, a new pass over all of it begins. The script and the shape of "
-             "what is trained cannot change.")
+             "warning, not an error. The resume is then not exact to the last bit. "
+             "If the order of the data changes, a new pass over it begins. The script and the shapes of the trained "
+             "weights cannot change.")
 
 
-def add_data_options(parser, resolution, max_watermark_probability=None):
-    """Adds the options of the data, and returns their group for those of one script only."""
+def add_data_options(parser: Parser, resolution: int, max_watermark_probability: float | None = None) -> Group:
+    """Add the options of the data; returns their group, for options of SDXL."""
     group = parser.add_argument_group("data")
     add = group.add_argument
     add("--train_shards_path_or_url", action="append", required=True, metavar="SHARDS",
@@ -63,7 +65,7 @@ def add_data_options(parser, resolution, max_watermark_probability=None):
     add("--resolution", type=integer(8), default=resolution, metavar="PIXELS",
         help="Pictures are resized so that their shorter side has this length, then cropped to a square.")
     add("--interpolation_type", default="bilinear",
-        choices=["bilinear", "bicubic", "box", "nearest", "nearest_exact", "hamming", "lanczos"],
+        choices=INTERPOLATIONS,
         help="How Pillow resizes.")
     add("--center_crop", action="store_true",
         help="Crop the middle; otherwise the crop's place is random.")
@@ -86,14 +88,14 @@ def add_data_options(parser, resolution, max_watermark_probability=None):
     add("--shuffle_buffer_mb", type=number(0, above=0), default=512.0, metavar="MB",
         help="A block ends early once its samples take this much memory, as they lie in the shard (10^6 bytes).")
     add("--shard_timeout", type=number(0, high=86400, above=0), default=300.0, metavar="SECONDS",
-        help="A shard's command that gives no byte for so long is ended, and the shard counted as unreadable. An "
-             "http(s):// connection is opened anew sooner.")
+        help="A shard's command without any output for so long is ended, and the shard counted as unreadable. An "
+             "http(s):// connection is retried sooner.")
     add("--dataloader_num_workers", type=integer(0), default=0, metavar="N",
         help="Processes that read data; 0 reads in the training process.")
     return group
 
 
-def add_training_options(parser):
+def add_training_options(parser: Parser) -> None:
     group = parser.add_argument_group("length and batches")
     add = group.add_argument
     add("--train_batch_size", type=integer(1), default=16, metavar="SAMPLES",
@@ -101,7 +103,7 @@ def add_training_options(parser):
     add("--gradient_accumulation_steps", type=integer(1), default=1, metavar="N",
         help="Passes per optimizer step. A value in `accelerate config` overrides this one; the log says so.")
     add("--max_train_steps", type=integer(1), metavar="STEPS",
-        help="Optimizer steps of the whole run. If unset: --num_train_epochs times the steps of an epoch.")
+        help="Optimizer steps of the run. If unset: --num_train_epochs times the steps of an epoch.")
     add("--num_train_epochs", type=integer(1), default=100, metavar="N",
         help="Length of the run where --max_train_steps is not given.")
     add("--max_train_samples", type=integer(1), metavar="SAMPLES",
@@ -116,10 +118,10 @@ def add_training_options(parser):
     add("--scale_lr", action="store_true",
         help="Multiply the learning rate by processes x accumulation x batch size.")
     add("--lr_scheduler", default="constant",
-        choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
-        help="Course of the learning rate. `constant` has no warm-up.")
+        choices=LR_SCHEDULES,
+        help="Schedule of the learning rate. `constant` has no warm-up.")
     add("--lr_warmup_steps", type=integer(0), default=500, metavar="STEPS",
-        help="Optimizer steps over which the rate rises from 0, for every course but `constant`.")
+        help="Optimizer steps over which the rate rises from 0, for every schedule but `constant`.")
     add("--use_8bit_adam", action="store_true",
         help="bitsandbytes' 8-bit AdamW: a quarter of the optimizer's memory.")
     add("--adam_beta1", type=number(0, below=1), default=0.9, metavar="BETA",
@@ -134,8 +136,8 @@ def add_training_options(parser):
         help="Gradients are scaled down to this norm.")
 
 
-def add_distillation_options(parser, w_min, vae_encode_batch_size):
-    """Adds the options of the method, and returns their group for those of one script only."""
+def add_distillation_options(parser: Parser, w_min: float, vae_encode_batch_size: int) -> Group:
+    """Add the options of the method; returns their group, for options of a U-Net or of a LoRA."""
     group = parser.add_argument_group("latent consistency distillation")
     add = group.add_argument
     add("--w_min", type=number(0), default=w_min, metavar="W",
@@ -144,7 +146,7 @@ def add_distillation_options(parser, w_min, vae_encode_batch_size):
         help="Largest guidance weight; w is drawn evenly between the two.")
     add("--num_ddim_timesteps", type=integer(1, 1000), default=50, metavar="N",
         help="Points of the teacher's DDIM grid. The student learns to jump along the grid, and to sample on it.")
-    add("--loss_type", default="l2", choices=["l2", "huber"],
+    add("--loss_type", default="l2", choices=LOSSES,
         help="Squared error, or sqrt(d^2 + c^2) - c, which outliers sway less.")
     add("--huber_c", type=number(0, high=1e6, above=0), default=0.001, metavar="C",
         help="The c of the Huber loss.")
@@ -155,8 +157,8 @@ def add_distillation_options(parser, w_min, vae_encode_batch_size):
     return group
 
 
-def add_full_model_options(group):
-    """Options of the two scripts that train a whole U-Net."""
+def add_full_model_options(group: Group) -> None:
+    """Options of the two scripts that train all weights of a U-Net."""
     add = group.add_argument
     add("--unet_time_cond_proj_dim", type=integer(4), default=256, metavar="DIM",
         help="Size of the guidance embedding that the student is fed.")
@@ -166,7 +168,7 @@ def add_full_model_options(group):
         help="Hold the teacher's weights in the mixed precision too: half its memory.")
 
 
-def add_lora_options(group):
+def add_lora_options(group: Group) -> None:
     """Options of the two scripts that train a LoRA."""
     add = group.add_argument
     add("--lora_rank", type=integer(1), default=64, metavar="RANK",
@@ -184,17 +186,17 @@ def add_lora_options(group):
         help="Changes nothing: the teacher is the LoRA's own base, and is held in the mixed precision in any case.")
 
 
-def add_sdxl_options(group):
+def add_sdxl_options(group: Group) -> None:
     """Options of the two scripts for SDXL."""
     add = group.add_argument
     add("--use_fix_crop_and_size", action="store_true",
-        help="Tell the networks that each picture is whole: original size = resolution, crop at (0, 0).")
+        help="Tell the networks that pictures are not cropped: original size = resolution, crop at (0, 0).")
 
 
-def add_precision_options(parser):
+def add_precision_options(parser: Parser) -> None:
     group = parser.add_argument_group("precision, memory and speed")
     add = group.add_argument
-    add("--mixed_precision", choices=["no", "fp16", "bf16"],
+    add("--mixed_precision", choices=PRECISIONS,
         help="Precision of the networks' arithmetic. If unset, what `accelerate config` says. Trained weights stay "
              "float32. fp16 needs a GPU.")
     add("--allow_tf32", action="store_true",
@@ -205,8 +207,8 @@ def add_precision_options(parser):
         help="Use xformers' attention on CUDA. PyTorch's own, the default, is usually as fast.")
 
 
-def add_validation_options(parser, guidance_scale=None):
-    """`guidance_scale` is the default; None takes it from the range of the training."""
+def add_validation_options(parser: Parser, guidance_scale: float | None = None) -> None:
+    """`guidance_scale` is the default; None stands for 7.5, moved into the range of the training."""
     group = parser.add_argument_group("validation pictures")
     add = group.add_argument
     add("--validation_steps", type=integer(1), default=200, metavar="STEPS",
@@ -230,7 +232,7 @@ def add_validation_options(parser, guidance_scale=None):
              "--validation_num_inference_steps, and 25. Nothing after the option: no columns.")
 
 
-def add_hub_options(parser):
+def add_hub_options(parser: Parser) -> None:
     group = parser.add_argument_group("Hugging Face Hub")
     add = group.add_argument
     add("--push_to_hub", action="store_true",

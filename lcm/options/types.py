@@ -31,7 +31,16 @@ class Options(argparse.Namespace):
     """A script's options, as `vars()` has them; and beside them, for a resume: the file name of the `script`, the
     parser's `defaults` by name, and the names of those `left_at_default`, also where a value is filled in later."""
 
-    __slots__ = ("defaults", "left_at_default", "script")
+    __slots__ = ("defaults", "is_frozen", "left_at_default", "script")
+
+    def freeze(self):
+        """From now on setting an option raises AttributeError."""
+        self.is_frozen = True
+
+    def __setattr__(self, name, value):
+        if getattr(self, "is_frozen", False):
+            raise AttributeError(f"{name}: options do not change once they are parsed")
+        super().__setattr__(name, value)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

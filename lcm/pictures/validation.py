@@ -1,29 +1,38 @@
-"""Pictures while training: the networks in memory, sampled as a user will sample them, beside the teacher.
+"""Pictures while training: the student and the EMA, sampled as users will sample them, beside the teacher.
 
-The training run is not disturbed: the noise comes from a generator of its own, the same every time and for all columns
-so that pictures can be compared, and train or eval mode is put back.
+Training is not disturbed: the noise has a generator of its own, and the networks' mode is restored. The noise is the
+same each time and in all columns, so that pictures can be compared.
 """
 
-import contextlib
 import logging
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, SchedulerMixin
+from PIL import Image
 
 from lcm.errors import first_line
+from lcm.models.family import Family
+from lcm.models.networks import Networks, View
 from lcm.options.checks import default_guidance_scale
+from lcm.options.plan import Plan
+from lcm.options.types import Options
 from lcm.pictures.grid import MAX_GRID_WIDTH, MAX_PAGE_HEIGHT, MAX_PAGE_ROWS, picture_grid, split_evenly
 from lcm.pictures.samplers import lcm_scheduler, make_scheduler
 
 logger = logging.getLogger(__name__)
 
+Pictures = dict[str, list[tuple[Image.Image, str | None]]]  # {name: [(picture, caption), ...]}
 
 
-def pages_of(output_dir, step):
+def pages_of(output_dir: str, step: int) -> list[str]:
     """The files that `Validation.run` wrote at a step: step-000200.png, or step-000200-1.png, -2, ..., in order."""
-    folder, found = os.path.join(output_dir, "validation"), {}
+    folder = os.path.join(output_dir, "validation")
+    found: dict[int, str] = {}
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
         match = re.fullmatch(rf"step-{step:06d}(?:-(\d+))?\.png", name)
         if match:
@@ -31,18 +40,10 @@ def pages_of(output_dir, step):
     return [path for _, path in sorted(found.items())]
 
 
-@contextlib.contextmanager
-def eval_mode(network):
-    """Yield a network in eval mode; its mode is put back afterwards."""
-    was_training = network.training
-    try:
-        yield network.eval()
-    finally:
-        network.train(was_training)
-
-
 @dataclass(frozen=True)
 class Row:
+    """A row of the grid of pictures."""
+
     prompt: str
     size: tuple[int, int]  # width, height in pixels
     seed: int
@@ -50,15 +51,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
+    """A column of the grid of pictures."""
+
     network: str
     steps: int
     guidance_scale: float
 
     @property
-    def guidance(self):
+    def guidance(self) -> str:
+        """The words for its guidance scale."""
         return f"guidance {self.guidance_scale:g}"
 
-    def label(self, separator, with_guidance=True):
+    def label(self, separator: str, with_guidance: bool = True) -> str:
+        """The words for all that it is."""
         steps = f"{self.steps} step{'s' * (self.steps > 1)}"
         return separator.join([self.network, steps, *[self.guidance] * with_guidance])
 
@@ -66,42 +71,38 @@ class Column:
 class Validation:
     """Draws the validation prompts and gives the pictures to the trackers and to `output_dir/validation`.
 
-    `make_pipeline(unet=unet, scheduler=scheduler)` returns a pipeline around both with everything else in place; the
-    schedulers are made from `noise_schedule`. `teacher`, and the values of `networks` with their labels as keys, are
-    callables that return a context manager, as `eval_mode` with a network filled in: it yields an unwrapped U-Net that
-    is ready to sample, and puts everything back. `teacher_guidance_scales` are those of `networks` if unset.
-    `together`: all processes have to call those of `networks`, since each holds a part of their weights.
+    `family` makes the pipelines, `networks` has the U-Nets to sample from, and `log_pictures(pictures, step)` gives
+    pictures to the trackers.
     """
 
     def __init__(
         self,
-        accelerator,
-        args,
-        trackers,
-        make_pipeline,
-        noise_schedule,
-        teacher,
-        networks,
-        teacher_guidance_scales=None,
-        together=False,
+        accelerator: Accelerator,
+        args: Options,
+        plan: Plan,
+        family: Family,
+        networks: Networks,
+        log_pictures: Callable[[Pictures, int], None],
     ):
-        self.accelerator, self.args, self.trackers = accelerator, args, trackers
-        self.make_pipeline, self.noise_schedule = make_pipeline, noise_schedule
-        self.teacher, self.networks, self.together = teacher, networks, together
+        self.accelerator, self.args, self.log_pictures = accelerator, args, log_pictures
+        self.family, self.networks, self.seed = family, networks, plan.seed
         self.guidance_scales = args.validation_guidance_scale or [default_guidance_scale(args)]
-        self.teacher_guidance_scales = teacher_guidance_scales or self.guidance_scales
+        # A LoRA has learned the guidance of the default scale, and is itself sampled without guidance.
+        self.teacher_guidance_scales = (
+            self.guidance_scales if networks.takes_guidance else [default_guidance_scale(args)]
+        )
         sizes = args.validation_resolution or [(args.resolution, args.resolution)]
         self.rows = [
-            Row(prompt, size, (args.seed + i) % 2**32)
+            Row(prompt, size, (plan.seed + i) % 2**32)
             for prompt in args.validation_prompts
             for size in sizes
             for i in range(args.num_validation_images)
         ]
-        self.teacher_columns = {}  # Column: pictures
+        self.teacher_columns: dict[Column, list[Image.Image]] = {}
 
     @torch.no_grad()
-    def sample(self, pipeline, row, column):
-        """One PIL picture. The VAE decodes outside of autocast, in its own precision: SDXL's overflows in fp16."""
+    def sample(self, pipeline: DiffusionPipeline, row: Row, column: Column) -> Image.Image:
+        """One picture. The VAE decodes outside of autocast, in its own precision: SDXL's VAE overflows in fp16."""
         with self.accelerator.autocast():
             latents = pipeline(
                 row.prompt,
@@ -117,15 +118,15 @@ class Validation:
         pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
         return pipeline.image_processor.postprocess(pixels.float())[0]
 
-    def draw(self, network, columns, scheduler):
-        """{column: its pictures from top to bottom} of one network; the pipeline may change `scheduler`."""
-        with network() as unet:
-            pipeline = self.make_pipeline(unet=unet, scheduler=scheduler)
+    def draw(self, view: View, columns: list[Column], scheduler: SchedulerMixin) -> dict[Column, list[Image.Image]]:
+        """{column: its pictures from top to bottom} of one U-Net; may change `scheduler`."""
+        with view() as unet:
+            pipeline = self.family.pipeline(unet, scheduler)
             pipeline.set_progress_bar_config(disable=True)
             return {column: [self.sample(pipeline, row, column) for row in self.rows] for column in columns}
 
-    def draw_teacher(self, step):
-        """Draw the teacher's columns, which do not change, and tell the trackers; once, before training."""
+    def draw_teacher(self, step: int) -> None:
+        """Draw the teacher's columns once, before training, since they do not change."""
         if self.accelerator.is_main_process and self.args.validation_teacher_steps:
             logger.info("Drawing the teacher's validation pictures")
             columns = [
@@ -133,33 +134,34 @@ class Validation:
                 for scale in self.teacher_guidance_scales
                 for steps in self.args.validation_teacher_steps
             ]
-            scheduler = make_scheduler("ddim-trailing", self.noise_schedule)
+            scheduler = make_scheduler("ddim-trailing", self.family.noise_schedule)
             try:
-                self.teacher_columns = self.draw(self.teacher, columns, scheduler)
+                self.teacher_columns = self.draw(self.networks.teacher_view, columns, scheduler)
             except Exception as error:  # out of memory, more steps than the schedule has
                 logger.warning("No pictures of the teacher: %s", first_line(error))
-            self.trackers.log_pictures(self.captioned(self.teacher_columns), step)
+            self.log_pictures(self.captioned(self.teacher_columns), step)
         self.accelerator.wait_for_everyone()
 
-    def run(self, step):
-        """Write `validation/step-NNNNNN.png`, or several pages, and tell every tracker.
+    def run(self, step: int) -> None:
+        """Write `validation/step-NNNNNN.png`, or several pages, and give the pictures to the trackers.
 
-        The main process draws and the others wait for it. A failure is logged: pictures are not worth a run.
+        The main process draws, the others wait for it. A failure is logged and does not end the run.
         """
-        if self.accelerator.is_main_process or self.together:
-            counts, drawn = self.args.validation_num_inference_steps, {}
+        if self.accelerator.is_main_process or self.networks.is_sharded:
+            counts = self.args.validation_num_inference_steps
+            drawn: dict[Column, list[Image.Image]] = {}
             try:
-                for name, network in self.networks.items():
+                for name, view in self.networks.views.items():
                     columns = [Column(name, n, s) for s in self.guidance_scales for n in counts]
-                    drawn |= self.draw(network, columns, lcm_scheduler(self.noise_schedule, self.args))
+                    drawn |= self.draw(view, columns, lcm_scheduler(self.family.noise_schedule, self.args))
                 if self.accelerator.is_main_process:
                     self.show(step, drawn)
             except Exception as error:  # out of memory, a full disk
                 logger.warning("No pictures at step %d: %s", step, first_line(error))
         self.accelerator.wait_for_everyone()
 
-    def show(self, step, drawn):
-        """Write the grid of the teacher's columns and those `drawn` now, and tell the trackers."""
+    def show(self, step: int, drawn: dict[Column, list[Image.Image]]) -> None:
+        """Write the grid of the teacher's columns and of those `drawn` now, and give both to the trackers."""
         columns = self.teacher_columns | drawn
         names = [column.network for column in columns]
         guidances = {column.guidance for column in columns}
@@ -169,7 +171,8 @@ class Validation:
         pages = split_evenly(labelled, max(1, min(MAX_PAGE_ROWS, int(MAX_PAGE_HEIGHT / highest))))
         folder = os.path.join(self.args.output_dir, "validation")
         os.makedirs(folder, exist_ok=True)
-        grids, paths = [], []
+        grids: list[tuple[Image.Image, str | None]] = []
+        paths: list[str] = []
         for number, page in enumerate(pages, 1):
             of = f"page {number} of {len(pages)}"
             corner = [f"step {step}", *(guidances if len(guidances) == 1 else ()), *([of] if len(pages) > 1 else ())]
@@ -185,27 +188,27 @@ class Validation:
             paths.append(os.path.join(folder, f"step-{step:06d}{f'-{number}' if len(pages) > 1 else ''}.png"))
             grid.save(paths[-1])
             grids.append((grid, of if len(pages) > 1 else None))
-        for path in set(pages_of(self.args.output_dir, step)) - set(paths):  # of a run with other prompts
+        for path in set(pages_of(self.args.output_dir, step)) - set(paths):  # of an earlier run with other prompts
             os.remove(path)
         logger.info("Drew %s", paths[0] if len(paths) == 1 else f"{paths[0]} to {os.path.basename(paths[-1])}")
-        self.trackers.log_pictures({"validation": grids} | self.captioned(drawn), step)
+        self.log_pictures({"validation": grids} | self.captioned(drawn), step)
 
-    def negative_prompt(self):
-        """What is said of it on the grid and in captions, empty if there is none."""
+    def negative_prompt(self) -> str:
+        """Its text on the grid and in captions, empty without one."""
         negative_prompt = self.args.validation_negative_prompt
         return f"negative prompt: {negative_prompt}" if negative_prompt else ""
 
-    def label(self, row):
-        """What stands before a row: the prompt, and where there are several the size and the number of the noise."""
+    def label(self, row: Row) -> str:
+        """The label of a row: the prompt, and if there are several, the size and the number of the noise."""
         lines = [row.prompt or "(no prompt)"]
         if len({other.size for other in self.rows}) > 1:
             lines.append(f"{row.size[0]} x {row.size[1]}")
         if self.args.num_validation_images > 1:
-            lines.append(f"noise {(row.seed - self.args.seed) % 2**32 + 1}")
+            lines.append(f"noise {(row.seed - self.seed) % 2**32 + 1}")
         return "\n".join(lines)
 
-    def captioned(self, columns):
-        """Pictures as the trackers take them, one by one: {column: [(picture, prompt), ...]}."""
+    def captioned(self, columns: dict[Column, list[Image.Image]]) -> Pictures:
+        """The pictures for the trackers, {name of the column: [(picture, prompt), ...]}."""
         negative_prompt = [self.negative_prompt()] if self.negative_prompt() else []
         labels = [", ".join([*self.label(row).split("\n"), *negative_prompt]) for row in self.rows]
         return {

@@ -1,22 +1,24 @@
-"""The training report: a model card with the curves and the pictures, in the output folder and on the Hub."""
+"""The model card, with the curves and the pictures of the run."""
 
 import contextlib
 import itertools
 import os
 import re
-from dataclasses import dataclass
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from lcm.models.loading import DTYPE
+from lcm.models.networks import Networks
+from lcm.options.plan import Plan
+from lcm.options.types import Options
 
+# Names of folders that say nothing about the model in them.
 GENERIC_NAMES = r"teacher|models?|unet|base|sd|sdxl|output|results?|diffusers|pretrained|checkpoint(-\d+)?|[\W\d]+"
 
 
-def teacher_name(args):
-    """The teacher's Hub id; of a local folder the last part of its path, or two, since cards travel.
+def teacher_name(args: Options) -> str:
+    """The teacher's Hub id; for a local folder the last part of its path, or the last two: a card is published.
 
-    A folder of the Hub client's cache gives the id that it was downloaded under.
+    For a folder in the Hub client's cache it is the id that was downloaded.
     """
     teacher = args.pretrained_teacher_model
     if not os.path.isdir(teacher):
@@ -28,47 +30,23 @@ def teacher_name(args):
     return f"{parent}/{name}" if re.fullmatch(GENERIC_NAMES, name, re.IGNORECASE) and parent != "/" else name
 
 
-@dataclass(frozen=True)
-class Machine:
-    """The kind of machine that printed code is for."""
-
-    device: str  # cuda, cpu, mps, ...
-
-    @property
-    def dtype(self):
-        """The argument that loads networks in half precision, or for a CPU, which is slow in it, in float32."""
-        return f"{DTYPE}=torch.float{32 if self.device == 'cpu' else 16}"
-
-    @property
-    def move(self):
-        """The call that moves a pipeline to the device."""
-        return "" if self.device == "cpu" else f'.to("{self.device}")'
-
-    @property
-    def other_kind(self):
-        """A comment on what to change elsewhere."""
-        if self.device == "cpu":
-            return '# This is for a CPU. On a GPU: torch.float16 in place of torch.float32, and pipeline.to("cuda").'
-        return f"# Without a GPU: torch.float32 in place of torch.float16, and no {self.move}."
-
-
-def base_licence(args):
-    """The licence on the teacher's card on the Hub, None where it cannot be had."""
+def base_licence(args: Options) -> str | None:
+    """The licence on the teacher's card on the Hub, None if it cannot be read."""
     try:
         return ModelCard.load(args.pretrained_teacher_model).data.license
     except Exception:  # no card, no network
         return None
 
 
-def mark(kind):
-    """The line by which a report of ours is known: `kind` is model_card or evaluation."""
+def mark(kind: str) -> str:
+    """The line that marks a report as ours: `kind` is model_card or evaluation."""
     return f"<!-- {kind}: the next one in this folder replaces this file -->"
 
 
-def report_name(folder, kind):
-    """The name under which a report goes into `folder`: README.md, unless that is not ours; then model_card.md, ...
+def report_name(folder: str, kind: str) -> str:
+    """The file name for a report in `folder`: README.md, or if that file is not ours {kind}.md, {kind}-2.md, ...
 
-    The first name that is free, or whose file has the `mark` of that kind.
+    It is the first name that is free, or whose file has the `mark` of that kind.
     """
     names = itertools.chain(["README.md", f"{kind}.md"], (f"{kind}-{i}.md" for i in itertools.count(2)))
     for name in names:
@@ -80,31 +58,33 @@ def report_name(folder, kind):
                 return name
 
 
-def model_card(args, trained, code, steps, pictures):
-    """The model card: what this is, how to sample from it (`code`), how it was trained.
+def model_card(
+    args: Options, plan: Plan, networks: Networks, code: str, steps: int, pictures: dict[str, list[str]]
+) -> ModelCard:
+    """The model card: what the networks are, how to sample from them (`code`), how they were trained.
 
-    `pictures` has the addresses of those that there are: `validation`, one for each page, `training`.
+    `pictures` has the addresses of the existing ones: `validation`, one for each page, and `training`.
     """
     is_local = os.path.isdir(args.pretrained_teacher_model)
     data = ModelCardData(
         license=None if is_local else base_licence(args),
         base_model=None if is_local else args.pretrained_teacher_model,
-        base_model_relation=None if is_local else trained.relation,
+        base_model_relation=None if is_local else networks.relation,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=trained.tags,
+        tags=networks.tags,
     )
     options = {
         "optimizer steps": steps,
-        "samples a step and process": args.train_batch_size * args.gradient_accumulation_steps,
+        "samples a step and process": args.train_batch_size * plan.gradient_accumulation_steps,
         "resolution": args.resolution,
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}",
         "guidance_scale": f"{args.w_min + 1:g} to {args.w_max + 1:g} (w = {args.w_min:g} to {args.w_max:g})",
         "DDIM grid": f"{args.num_ddim_timesteps} steps",
         "loss": args.loss_type + (f", c = {args.huber_c:g}" if args.loss_type == "huber" else ""),
-        **trained.card_rows(),
-        "mixed precision": args.mixed_precision,
-        "seed": args.seed,
+        **networks.card_rows(),
+        "mixed precision": plan.mixed_precision,
+        "seed": plan.seed,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in options.items())
     first, *others = pictures["validation"] or [None]
@@ -118,9 +98,9 @@ def model_card(args, trained, code, steps, pictures):
 {data.to_yaml()}
 ---
 
-# {trained.title} of {teacher_name(args)}
+# {networks.title} of {teacher_name(args)}
 
-{trained.card_text()} It was distilled from {teacher_name(args)} with latent consistency distillation
+{networks.card_text()} It was distilled from {teacher_name(args)} with latent consistency distillation
 ([arXiv 2310.04378](https://arxiv.org/abs/2310.04378)) and falls under the licence of that model.
 {validation}
 ## How to use it

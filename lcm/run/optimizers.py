@@ -1,25 +1,26 @@
-"""The optimizer, and the schedule of its learning rate."""
+"""The optimizer, and its learning rate schedule."""
 
+import importlib
 import logging
 
 import diffusers
 import torch
 
+from lcm.options.choices import OPTIMIZERS
+from lcm.options.plan import Plan
+from lcm.options.types import Options
+
 logger = logging.getLogger(__name__)
 
 
 
-def make_optimizer(args, parameters, num_processes):
-    """AdamW, or bitsandbytes' 8-bit AdamW, at the effective learning rate, which is logged."""
+def make_optimizer(args: Options, plan: Plan, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' 8-bit AdamW. Logs the effective learning rate."""
     rate = args.learning_rate
     if args.scale_lr:
-        rate *= num_processes * args.gradient_accumulation_steps * args.train_batch_size
-    if args.use_8bit_adam:
-        import bitsandbytes
-
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    else:
-        optimizer_class = torch.optim.AdamW
+        rate *= plan.samples_per_step
+    module, name = OPTIMIZERS["adamw_8bit" if args.use_8bit_adam else "adamw"]
+    optimizer_class = getattr(importlib.import_module(module), name)
     logger.info("Optimizer: %s, learning rate %g, %s", optimizer_class.__name__, rate, args.lr_scheduler)
     return optimizer_class(
         parameters,
@@ -30,11 +31,13 @@ def make_optimizer(args, parameters, num_processes):
     )
 
 
-def make_lr_scheduler(args, optimizer):
-    """The learning rate's course in optimizer steps. accelerate does not prepare it, and so does not multiply it."""
+def make_lr_scheduler(
+    args: Options, plan: Plan, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate's schedule in optimizer steps. accelerate, which would multiply them, does not prepare it."""
     return diffusers.optimization.get_scheduler(
         args.lr_scheduler,
         optimizer=optimizer,
         num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
+        num_training_steps=plan.max_train_steps,
     )

@@ -1,40 +1,45 @@
-"""What a run shows while it trains: a bar, metrics, and that it was told to stop.
+"""The progress bar, the metrics, the check for a finite loss, and the stop flag.
 
 Metrics go to the trackers and to `metrics.jsonl` every `--logging_steps`, as means over those steps and all processes.
-For them, for the check that the loss is a number, and for word of a signal, the processes speak once per optimizer
-step, and the host waits for the device once.
+Each optimizer step costs one all-reduce and one wait for the device; both are shared by the metrics, the check for a
+finite loss, and the stop flag.
 """
 
 import contextlib
 import math
 import resource
 import time
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lcm.errors import AT_END, BEFORE_ERROR, UserError
+from lcm.errors import UserError
+from lcm.options.plan import Plan
+from lcm.options.types import Options
 from lcm.results.metrics import MetricsFile
-from lcm.run.plan import samples_per_step
 from lcm.run.signals import StopSignals
+from lcm.run.trackers import Trackers
 from lcm_common import relative_distance
 
-MAX_SKIPPED_IN_A_ROW = 50  # the scaler halves its scale of 65536 at each: by then no scale is left
-QUARTERS = 4  # of the teacher's timesteps
+MAX_SKIPPED_IN_A_ROW = 50  # the gradient scaler halves its scale of 65536 each time: by then it is 0
+QUARTERS = 4  # parts of the teacher's timesteps for which the loss is logged
 
 
-def peak_memory(device):
-    """The most memory in bytes: of the GPU since `reset_peak_memory`, or without one of this process in its life."""
+def peak_memory(device: torch.device) -> int:
+    """Peak memory in bytes: on a GPU since `reset_peak_memory`, else of this process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def reset_peak_memory(device):
-    """Begin to measure `peak_memory` again, without waiting for the device; a process's own peak is left as it is.
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new measurement of `peak_memory` on a GPU, without waiting for it.
 
-    Linux can reset that one, too, but for everyone: `time -v` and cluster managers would then report too little.
+    Linux could reset a process's peak too, but `time -v` and cluster managers would then report too little.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -43,20 +48,22 @@ def reset_peak_memory(device):
 class Window:
     """Sums over the steps since metrics were last logged."""
 
-    def __init__(self):
-        self.losses, self.counts = [0.0] * QUARTERS, [0] * QUARTERS  # of samples, by quarter of the timesteps
-        self.gradient_norms, self.steps = [], 0
+    def __init__(self) -> None:
+        self.losses, self.counts = [0.0] * QUARTERS, [0.0] * QUARTERS  # of samples, by quarter of the timesteps
+        self.gradient_norms: list[float] = []
+        self.steps = 0
         self.seconds = self.waited = 0.0
-        self.peak_memory = 0  # bytes, of the step that took most
+        self.peak_memory = 0  # bytes
 
-    def add(self, losses, counts, gradient_norm):
+    def add(self, losses: list[float], counts: list[float], gradient_norm: float) -> None:
+        """Add the sums of one optimizer step."""
         self.losses = [a + b for a, b in zip(self.losses, losses, strict=True)]
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
-        self.gradient_norms += [gradient_norm] * math.isfinite(gradient_norm)  # it is not where fp16 overflowed
+        self.gradient_norms += [gradient_norm] * math.isfinite(gradient_norm)  # not if fp16 overflowed
         self.steps += 1
 
-    def means(self, num_timesteps):
-        """Metrics as a dict of floats; quarters of which no timestep was drawn are left out."""
+    def means(self, num_timesteps: int) -> dict[str, float]:
+        """The metrics; quarters without a drawn timestep are left out."""
         metrics = {"loss": sum(self.losses) / sum(self.counts)}
         if self.gradient_norms:
             metrics["gradient_norm"] = sum(self.gradient_norms) / len(self.gradient_norms)
@@ -68,17 +75,25 @@ class Window:
 
 
 class Progress:
-    """The bar, the metrics, the check that loss and gradients are numbers, and word of a signal to stop.
+    """Progress bar, metrics, check for finite numbers, and stop flag of one run.
 
-    `stopping` is True, on all processes alike, when one of them was told to stop before the last `check`.
+    `stopping` is the stop flag: True on all processes if one of them got a stop signal before the last `check`.
+    `num_timesteps` is that of the teacher's noise schedule, `first_step` the number of steps that are finished.
     """
 
-    def __init__(self, accelerator, args, trackers, solver, first_step):
-        self.accelerator, self.args, self.trackers = accelerator, args, trackers
-        self.samples_per_step = samples_per_step(args, accelerator)
-        self.num_timesteps = len(solver.alphas)
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        args: Options,
+        plan: Plan,
+        trackers: Trackers,
+        num_timesteps: int,
+        first_step: int,
+    ):
+        self.accelerator, self.args, self.plan, self.trackers = accelerator, args, plan, trackers
+        self.num_timesteps = num_timesteps
         self.bar = tqdm(
-            total=args.max_train_steps,
+            total=plan.max_train_steps,
             initial=first_step,
             desc="Steps",
             unit="step",
@@ -91,10 +106,8 @@ class Progress:
         self.file = MetricsFile(args.output_dir)
         if accelerator.is_main_process:
             self.file.go_on_from(first_step)
-        self.signals = StopSignals(accelerator.is_local_main_process, after_loop=first_step >= args.max_train_steps)
+        self.signals = StopSignals(accelerator.is_local_main_process, after_loop=first_step >= plan.max_train_steps)
         self.stopping = False
-        BEFORE_ERROR.extend([self.close, self.signals.restore])
-        AT_END.append(self.signals.restore)
         self.started = self.last = time.perf_counter()
         self.waited = 0.0
         reset_peak_memory(accelerator.device)
@@ -102,54 +115,62 @@ class Progress:
         self.window = Window()
         self.skipped_in_a_row = 0
 
-    def timed(self, batches):
-        """The same batches; how long the loop waits for them is measured."""
+    def timed(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The same batches; measures how long the loop waits for them."""
         started = time.perf_counter()
         for batch in batches:
             self.waited += time.perf_counter() - started
             yield batch
             started = time.perf_counter()
 
-    def restart_clock(self):
-        """Leave what was done since the last step, pictures and checkpoints, out of the speed and memory of steps."""
+    def restart_clock(self) -> None:
+        """Exclude pictures and checkpoints, which were just made, from the speed and memory of the steps."""
         self.last = time.perf_counter()
         reset_peak_memory(self.accelerator.device)
 
-    def add_losses(self, losses, t):
-        """Keep the losses of one forward pass and their timesteps, both (B,), without waiting for them."""
+    def add_losses(self, losses: torch.Tensor, t: torch.Tensor) -> None:
+        """Add the losses of one forward pass at their timesteps, both (B,), without waiting for the device."""
         quarter = t * QUARTERS // self.num_timesteps
         self.sums.index_add_(1, quarter, torch.stack([losses.detach().float(), torch.ones_like(t).float()]))
 
-    def is_logged(self, step):
-        return step % self.args.logging_steps == 0 or step == self.args.max_train_steps
+    def is_logged(self, step: int) -> bool:
+        """Whether metrics are logged at this step."""
+        return step % self.args.logging_steps == 0 or step == self.plan.max_train_steps
 
-    def check(self, step, gradient_norm, weights, averaged):
-        """Share the losses of an optimizer step, number `step`, that is about to be taken; waits for the device.
+    def check(
+        self,
+        step: int,
+        gradient_norm: torch.Tensor,
+        weights: dict[str, torch.Tensor],
+        averaged: dict[str, torch.Tensor],
+    ) -> None:
+        """Share the losses of the next optimizer step, number `step`, between processes; waits for the device.
 
-        `gradient_norm` is a scalar tensor; `weights` and their moving average `averaged` are dicts of parameters, the
-        second one empty if there is none. Raises UserError, on all processes alike, if the loss or the norm is not
-        finite. With fp16 the gradient scaler skips a step whose gradients overflow, so that only many such steps in a
-        row are an error.
+        `gradient_norm` is a scalar; `weights` and `averaged` are the parameters of the student and of its EMA, the
+        second empty without an EMA. Raises UserError, on all processes, if the loss or the norm is not finite. With
+        fp16 the gradient scaler skips a step whose gradients overflow; only many such steps in a row are an error.
         """
-        # Before `received` is read: a signal that comes between the two saves a checkpoint, and promises none.
-        self.signals.after_loop = step >= self.args.max_train_steps
+        # Set before `received` is read. A signal in between saves a checkpoint that was not announced, never the
+        # other way round.
+        self.signals.after_loop = step >= self.plan.max_train_steps
         stop = self.sums.new_tensor([float(self.signals.received is not None)])
         shared = self.accelerator.reduce(torch.cat([self.sums.flatten(), stop]), reduction="sum")
-        alike = [gradient_norm]  # on all processes
+        alike = [gradient_norm]  # equal on all processes
         if averaged and self.is_logged(step):
             alike.append(relative_distance(averaged, weights))
-        # Of weights that are split over processes, the whole.
+        # Sharded weights give sharded norms.
         alike = [value.full_tensor() if hasattr(value, "full_tensor") else value for value in alike]
         numbers = torch.cat([shared, torch.stack([value.to(shared) for value in alike])]).tolist()  # the one wait
         losses, counts = numbers[:QUARTERS], numbers[QUARTERS : 2 * QUARTERS]
-        stop, norm, *distance = numbers[2 * QUARTERS :]
+        stopping, norm, *distance = numbers[2 * QUARTERS :]
         self.sums.zero_()
-        self.stopping = stop > 0
+        self.stopping = stopping > 0
         self.loss, self.distance = sum(losses) / sum(counts), distance
-        self.refuse_what_is_no_number(step, self.loss, norm)
+        self.refuse_unless_finite(step, self.loss, norm)
         self.window.add(losses, counts, norm)
 
-    def refuse_what_is_no_number(self, step, loss, norm):
+    def refuse_unless_finite(self, step: int, loss: float, norm: float) -> None:
+        """Raise UserError if the loss is not finite, or the gradients are not for too long."""
         has_scaler = self.accelerator.scaler is not None
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if has_scaler and not math.isfinite(norm) else 0
         if not math.isfinite(loss):
@@ -161,19 +182,19 @@ class Progress:
         else:
             return
         raise UserError(
-            f"{problem} at step {step}; training stops before the weights are touched, and the last checkpoint is as "
-            "it was. A lower --learning_rate, or bf16 in place of fp16, is the usual cure"
+            f"{problem} at step {step}; training stops before the weights change, and the last checkpoint is intact. "
+            "A lower --learning_rate, or bf16 instead of fp16, usually helps"
         )
 
-    def step(self, step, learning_rate):
-        """Show one finished optimizer step, and log the metrics if it is their turn."""
+    def step(self, step: int, learning_rate: float) -> None:
+        """Show a finished optimizer step, and every `--logging_steps` log the metrics."""
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         self.window.seconds += seconds
         self.window.waited += self.waited
         self.waited = 0.0
         self.window.peak_memory = max(self.window.peak_memory, peak_memory(self.accelerator.device))
-        images_per_second = self.samples_per_step * self.window.steps / self.window.seconds
+        images_per_second = self.plan.samples_per_step * self.window.steps / self.window.seconds
         waited = self.window.waited / self.window.seconds
         self.bar.update(1)
         slow = f", waits for data {waited:.0%}" if waited > 0.1 else ""
@@ -196,8 +217,8 @@ class Progress:
         if self.accelerator.is_main_process:
             self.file.append({"step": step, **metrics})
 
-    def close(self):
-        """End the bar; returns the seconds since it began."""
+    def close(self) -> float:
+        """Close the bar; returns the seconds since it was opened. May be called again."""
         self.bar.close()
         self.log_above_bar.close()
         return time.perf_counter() - self.started

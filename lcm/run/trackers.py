@@ -1,22 +1,29 @@
 """TensorBoard, W&B, Comet and the other trackers of accelerate: scalars, pictures, and the options of the run.
 
-A tracker that fails, for want of a network or of a key, is named in the log and left alone from then on. It never
-costs a run.
+A tracker that fails, for example without a network or a key, is named in the log and not used any more. It never
+ends a run.
 """
 
 import contextlib
 import logging
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from PIL import Image
 
 from lcm.errors import first_line
-from lcm.secrets import public_options, redacted_command_line
+from lcm.options.plan import Plan
+from lcm.options.types import Options
+from lcm.pictures.validation import Pictures
+from lcm.secrets import redacted_command_line
 
 logger = logging.getLogger(__name__)
 
-# How a run is gone on with, where its tracker can: what the tracker calls the run, and what opens it again.
+# Trackers that can resume a run: how they name it, and the arguments that open it again.
 # TensorBoard needs neither: its run is a folder.
 RUNS = {
     "wandb": (lambda tracker: tracker.run.id, lambda run: {"id": run, "resume": "allow"}),
@@ -27,25 +34,27 @@ RUNS = {
 }
 
 
-def hyperparameters(args):
-    """The options without tokens; lists and None become text, which all trackers take."""
-    return {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in public_options(args).items()}
+def hyperparameters(options: dict[str, Any]) -> dict[str, bool | int | float | str]:
+    """The options in a form that all trackers take: lists and None become text."""
+    return {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in options.items()}
 
 
 class Trackers:
-    """Those of `--report_to`, on the main process; elsewhere its methods do nothing.
+    """The trackers of `--report_to`, on the main process; on others the methods do nothing.
 
-    `runs` is what they call this run, {tracker: name}; checkpoints keep it. Set before `start`, it makes them go on
-    with that run.
+    `runs` has the names that trackers gave this run, {tracker: name}; checkpoints store them. If it is set before
+    `start`, the trackers resume those runs.
     """
 
-    def __init__(self, accelerator, args):
+    def __init__(self, accelerator: Accelerator, args: Options, plan: Plan):
         self.kinds = [str(kind) for kind in accelerator.log_with] if accelerator.is_main_process else []
-        self.args, self.logging_dir = args, accelerator.logging_dir
-        self.active, self.runs, self.told = [], {}, set()
+        self.args, self.plan, self.logging_dir = args, plan, accelerator.logging_dir
+        self.active: list[GeneralTracker] = []
+        self.runs: dict[str, str] = {}
+        self.told: set[str] = set()  # trackers about which the user was told that they take no pictures
 
-    def each(self, call):
-        """Call `call(tracker)` for each; those that raise are dropped."""
+    def each(self, call: Callable[[GeneralTracker], Any]) -> None:
+        """Call `call(tracker)` for each tracker; drop those that raise."""
         for tracker in list(self.active):
             try:
                 call(tracker)
@@ -53,13 +62,13 @@ class Trackers:
                 logger.warning("--report_to: lost %s: %s; training goes on without", tracker.name, first_line(error))
                 self.active.remove(tracker)
 
-    def start(self, step):
-        """Open them at an optimizer step, which is not 0 where a run goes on, and give them the options."""
+    def start(self, step: int) -> None:
+        """Open the trackers at an optimizer step, which is 0 for a new run, and give them the options."""
         if self.kinds:
             with contextlib.suppress(OSError):  # W&B falls back to a temporary folder if it is missing
                 os.makedirs(self.logging_dir, exist_ok=True)
         more = {
-            "tensorboard": {"purge_step": step + 1} if step else {},  # what came later is trained again
+            "tensorboard": {"purge_step": step + 1} if step else {},  # later steps are trained again
             "wandb": {"dir": self.logging_dir},
             "swanlab": {"log_dir": os.path.join(self.logging_dir, "swanlab")},
             "dvclive": {"dir": os.path.join(self.logging_dir, "dvclive"), "resume": step > 0},
@@ -75,19 +84,21 @@ class Trackers:
         self.each(self.store_options)
         self.each(self.keep_name)
 
-    def store_options(self, tracker):
-        if tracker.name != "mlflow" or "mlflow" not in self.runs:  # which refuses other values for the same run
-            tracker.store_init_configuration(hyperparameters(self.args))
+    def store_options(self, tracker: GeneralTracker) -> None:
+        """Log the options in effect."""
+        if tracker.name != "mlflow" or "mlflow" not in self.runs:  # mlflow refuses new values in a resumed run
+            tracker.store_init_configuration(hyperparameters(self.plan.options(self.args)))
 
-    def keep_name(self, tracker):
+    def keep_name(self, tracker: GeneralTracker) -> None:
+        """Put the name that a tracker gave the run into `runs`."""
         if tracker.name in RUNS:
             self.runs[tracker.name] = RUNS[tracker.name][0](tracker)
 
-    def log(self, scalars, step):
+    def log(self, scalars: dict[str, float], step: int) -> None:
         """Log a dict of numbers."""
         self.each(lambda tracker: tracker.log(scalars, step=step))
 
-    def log_pictures(self, pictures, step):
+    def log_pictures(self, pictures: Pictures, step: int) -> None:
         """Log PIL pictures, {name: list of (picture, caption)}, to the trackers that take any."""
         for tracker in self.active:
             if not takes_pictures(tracker) and tracker.name not in self.told:
@@ -95,39 +106,41 @@ class Trackers:
                 self.told.add(tracker.name)
         self.each(lambda tracker: takes_pictures(tracker) and log_pictures(tracker, pictures, step))
 
-    def finish(self):
-        """End the trackers' run; not the process group, as `Accelerator.end_training` would."""
+    def finish(self) -> None:
+        """End the trackers' runs. `Accelerator.end_training` would end the process group too."""
         self.each(lambda tracker: tracker.finish())
 
 
-def takes_pictures(tracker):
-    """Whether pictures go to one of accelerate's trackers."""
+def takes_pictures(tracker: GeneralTracker) -> bool:
+    """Whether a tracker of accelerate takes pictures."""
     return hasattr(tracker, "log_images") or tracker.name == "comet_ml"
 
 
-def log_pictures(tracker, pictures, step):
-    """Log PIL pictures, {name: list of (picture, caption)}, to one of accelerate's trackers."""
+def log_pictures(tracker: GeneralTracker, pictures: Pictures, step: int) -> None:
+    """Log PIL pictures, {name: list of (picture, caption)}, to one tracker of accelerate."""
     for name, captioned in pictures.items():
         if tracker.name == "wandb":
             log_to_wandb(tracker, name, captioned, step)
             continue
         for picture, caption in captioned:
-            tag = f"{name}/{caption}" if caption else name  # which is all the caption there is
+            tag = f"{name}/{caption}" if caption else name  # TensorBoard and others show no caption but the name
             if tracker.name == "comet_ml":
                 tracker.tracker.log_image(picture, name=f"{name}: {caption}" if caption else name, step=step)
             elif tracker.name == "tensorboard":
                 tracker.log_images({tag: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
-            elif tracker.name in ("aim", "clearml"):  # theirs take one picture under a name
+            elif tracker.name in ("aim", "clearml"):  # they take one picture under a name
                 tracker.log_images({tag: np.asarray(picture) if tracker.name == "clearml" else picture}, step=step)
             else:
                 tracker.log_images({tag: [picture]}, step=step)
 
 
-def log_to_wandb(tracker, name, captioned, step):
-    """Log a list of (picture, caption); those under one name have to be of one size."""
+def log_to_wandb(
+    tracker: GeneralTracker, name: str, captioned: list[tuple[Image.Image, str | None]], step: int
+) -> None:
+    """Log a list of (picture, caption). W&B wants pictures of one size under a name."""
     import wandb
 
-    by_size = {}
+    by_size: dict[tuple[int, int], list[wandb.Image]] = {}
     for picture, caption in captioned:
         by_size.setdefault(picture.size, []).append(wandb.Image(picture, caption=caption))
     for (width, height), images in by_size.items():

@@ -42,7 +42,7 @@ def student_unet(**more):
     torch.manual_seed(0)
     base = make_unet()
     unet = copy.deepcopy(base).train()
-    lora.add_adapters(unet, options(**more))
+    lora.add_adapters(unet, options(**more), seed=0)
     randomise(unet)
     return unet, base.eval().requires_grad_(False)
 
@@ -68,7 +68,7 @@ def test_a_new_adapter_is_the_teacher(inputs):
     for unet, global_seed, seed in ((first, 1, 0), (second, 2, 0), (other, 1, 5)):
         torch.manual_seed(global_seed)
         state = torch.get_rng_state()
-        lora.add_adapters(unet, options(seed=seed))
+        lora.add_adapters(unet, options(), seed)
         assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first(*inputs).sample, base(*inputs).sample)
     weights, same, different = (lora_files.adapter_weights(unet, TRAINED) for unet in (first, second, other))
@@ -200,7 +200,7 @@ def test_moving_average_is_a_second_adapter(inputs):
 
 def test_base_in_half_precision_adapters_in_float32():
     unet = make_unet().to(torch.bfloat16)
-    lora.add_adapters(unet, options(ema_decay=0.9))
+    lora.add_adapters(unet, options(ema_decay=0.9), seed=0)
     for name, parameter in unet.named_parameters():
         is_adapter = ".lora_" in name
         assert parameter.dtype == (torch.float32 if is_adapter else torch.bfloat16), name
@@ -214,7 +214,7 @@ def test_round_trip(tmp_path):
     unet, base = student_unet()
     lora_files.save_for_diffusers(unet, TRAINED, tmp_path)
     again = copy.deepcopy(base)
-    lora.add_adapters(again, options(seed=9))
+    lora.add_adapters(again, options(), seed=9)
     lora_files.load_adapter(again, TRAINED, tmp_path)
     saved, loaded = (lora_files.adapter_weights(network, TRAINED) for network in (unet, again))
     assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
@@ -287,7 +287,7 @@ def test_kohya_names_are_those_of_comfyui(config):
             for name, layer in unet.named_modules()
             if "block" in name and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
         }
-        lora.add_adapters(unet, options(lora_rank=1))
+        lora.add_adapters(unet, options(lora_rank=1), seed=0)
     names = get_peft_model_state_dict(unet, adapter_name=TRAINED)
     kohya = convert_state_dict_to_kohya({f"unet.{name}": torch.zeros(1) for name in names})
     assert [name for name in kohya if not COMFYUI.fullmatch(name)] == []

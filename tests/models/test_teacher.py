@@ -106,7 +106,7 @@ def test_sd_embeddings_are_the_pipelines(teacher, tmp_path):
     import train_lcm_distill_sd_wds as script
 
     args = script.parse_args(common_options(teacher, "shards.tar", tmp_path))
-    cond, uncond = prompts.PromptEncoder(args, start.start(args))(BATCH)
+    cond, uncond = prompts.PromptEncoder(args, start.start(args)[0])(BATCH)
     expected = StableDiffusionPipeline.from_pretrained(teacher).encode_prompt(BATCH["captions"], "cpu", 1, True)
     for found, embedding in zip((cond, uncond), expected, strict=True):
         torch.testing.assert_close(found["encoder_hidden_states"], embedding, rtol=1e-5, atol=1e-6)

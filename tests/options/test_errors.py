@@ -212,8 +212,8 @@ WRONG_OPTIONS = [
     wrong("no-prompt", "--validation_prompts", "expected at least one argument", "--validation_prompts"),
     *(wrong(f"prompts-{kind}", "--validation_prompts", ("prompts.txt", says), "--validation_prompts=prompts.txt",
             prepare=text_file("prompts.txt", content))
-      for kind, content, says in (("empty", b"\n \n", "holds no prompt"), ("latin1", b"caf\xe9", "UTF-8"))),
-    wrong("prompts-no-file", "--validation_prompts", "'prompts.txt' is no file", "--validation_prompts=prompts.txt"),
+      for kind, content, says in (("empty", b"\n \n", "has no prompts"), ("latin1", b"caf\xe9", "UTF-8"))),
+    wrong("no-file", "--validation_prompts", "'prompts.txt' is not a file", "--validation_prompts=prompts.txt"),
     # comet_ml records sys.argv as well (`get_command` in its env_logging.py).
     *(wrong(f"token-with-{tracker}", "--hub_token", "HF_TOKEN", f"--report_to={tracker}", "--hub_token=hf_secret")
       for tracker in ("wandb", "comet_ml", "mlflow", "all")),
@@ -575,7 +575,7 @@ def latest(change):
     return prepare
 
 
-NOT_OURS, CANNOT_LOAD, ANOTHER_RUN = "is not one of ours", "cannot load", "the checkpoint was trained with"
+NOT_OURS, CANNOT_LOAD, ANOTHER_RUN = "is not one of our checkpoints", "cannot load", "the checkpoint was trained with"
 CHECKPOINTS = [
     Case("resume-empty-folder", RESUME, NOT_OURS, prepare=empty_checkpoint, scripts=ALL),
     *(resume(f"state-{content}", RESUME, NOT_OURS, write(STATE, content))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lcm.models.schedule import load_noise_schedule
-from lcm.options.choices import SCHEDULERS
+from lcm.options.choices import SAMPLERS
 from lcm.pictures.samplers import lcm_scheduler, make_scheduler
 from lcm_common import DDIMSolver, consistency_function
 
@@ -71,7 +71,7 @@ def teachers(folder, classes=("DDIMScheduler",)):
 
 
 @pytest.mark.parametrize("beta_schedule", ["scaled_linear", "sigmoid"])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_zero_snr_gives_finite_latents(beta_schedule, name):
     reference = diffusers.DDPMScheduler.from_config(
         COMPLETE | {"beta_schedule": beta_schedule, "rescale_betas_zero_snr": True}
@@ -89,7 +89,7 @@ def test_every_sampler_samples_along_what_was_trained(tmp_path):
     """Betas, T and prediction type; never clipping; and what is saved is the same for stock diffusers."""
     count = 0
     for config, schedule, args in teachers(tmp_path):
-        made = {name: make_scheduler(name, schedule) for name in SCHEDULERS}
+        made = {name: make_scheduler(name, schedule) for name in SAMPLERS}
         made["export"] = lcm_scheduler(schedule, args)
         made["export"].save_pretrained(tmp_path / "saved")
         made["saved"] = diffusers.LCMScheduler.from_pretrained(tmp_path / "saved")

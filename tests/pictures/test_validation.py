@@ -227,7 +227,7 @@ def test_a_long_list_of_prompts_is_split_into_pages(teacher, shards, logged, tmp
 
 
 def test_pages_of_high_pictures_have_fewer_rows(teacher, shards, logged, tmp_path, monkeypatch):
-    monkeypatch.setattr(lcm_grid, "MAX_PAGE_HEIGHT", 1000)
+    monkeypatch.setattr(validation, "MAX_PAGE_HEIGHT", 1000)
     script = Script("lora_sd", teacher, shards, SCRIPTS["lora_sd"])
     more = ["--max_train_steps=1", "--validation_resolution=16x48", "--validation_prompts", *map(str, range(7))]
     script.main(tmp_path, *more)

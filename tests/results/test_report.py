@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import evaluate_lcm
-from lcm.models import networks
+from lcm.models import networks, usage
 from lcm.pictures import validation
 from lcm.results import card as lcm_card
 from lcm.results import curves, finish
@@ -156,10 +156,10 @@ def test_code_for_a_machine(device, on_hub):
     args = SimpleNamespace(
         w_min=2, w_max=5, ema_decay=None, num_ddim_timesteps=50, validation_prompts=['a "quoted" one']
     )
-    full = networks.FullModel(args, {}, "unet_target", None)
-    lora = networks.LoraModel(args, None, None)
+    full = networks.WholeUNet(args, None, None, None)
+    lora = networks.Lora(args, None, None, None)
     for trained in (full, lora):
-        code = trained.usage_code("some/teacher", "some/where", on_hub, lcm_card.Machine(device))
+        code = trained.usage_code("some/teacher", "some/where", on_hub, usage.Machine(device))
         compile(code, "printed", "exec")
         lines = "".join(line for line in code.splitlines() if not line.startswith("#"))
         assert (f'.to("{device}")' in lines and "float16" in lines) == (device != "cpu")

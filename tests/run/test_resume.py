@@ -7,13 +7,15 @@ What is refused whatever is given, such as damaged files, is in `test_errors.py`
 import importlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SCRIPTS, common_options
 
 from lcm.errors import UserError
-from lcm.run import checkpoints
+from lcm.options.plan import make_plan
+from lcm.run import resume
 from lcm.secrets import public_options
 
 CHANGED = "--resume_with_changed_options"
@@ -109,6 +111,15 @@ TABLE = [
 ]  # fmt: skip
 
 
+def check(args):
+    """`check_resume` as a run on one process would call it."""
+    accelerator = SimpleNamespace(
+        gradient_accumulation_steps=args.gradient_accumulation_steps, num_processes=1,
+        mixed_precision=args.mixed_precision,
+    )  # fmt: skip
+    resume.check_resume(args, make_plan(args, accelerator, args.seed, shards=()))
+
+
 @pytest.mark.parametrize(("name", "saved", "change", "given", "happens", "says"), TABLE)
 def test_what_may_differ(name, saved, change, given, happens, says, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: f"the package {name}")
@@ -120,15 +131,15 @@ def test_what_may_differ(name, saved, change, given, happens, says, tmp_path, ca
     if change:
         change(state)
     (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-2" / checkpoints.STATE_FILE).write_text(json.dumps(state))
+    (tmp_path / "checkpoint-2" / resume.STATE_FILE).write_text(json.dumps(state))
     args = parsed(name, tmp_path, *given, "--resume_from_checkpoint=latest")
     if happens == REFUSED:
         with pytest.raises(UserError) as error:
-            checkpoints.check_resume(args, 1)
+            check(args)
         assert says in str(error.value) and str(error.value).startswith("--")
         assert caplog.messages == []
     else:
-        checkpoints.check_resume(args, 1)
+        check(args)
         assert len(caplog.messages) == (happens == WARNED)
         assert all(says in message for message in caplog.messages)
 
@@ -137,11 +148,11 @@ def test_each_difference_is_a_warning_of_its_own(tmp_path, caplog):
     args = parsed("sd", tmp_path)
     state = {"step": 2, "script": args.script, "options": public_options(args), "data": [{}] * 3, "lr_scheduler": {}}
     (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-2" / checkpoints.STATE_FILE).write_text(json.dumps(state))
+    (tmp_path / "checkpoint-2" / resume.STATE_FILE).write_text(json.dumps(state))
     given = ["--w_max=9", "--seed=4", "--resume_from_checkpoint=latest"]
     with pytest.raises(UserError):
-        checkpoints.check_resume(parsed("sd", tmp_path, *given), 1)
-    checkpoints.check_resume(parsed("sd", tmp_path, *given, CHANGED), 1)
+        check(parsed("sd", tmp_path, *given))
+    check(parsed("sd", tmp_path, *given, CHANGED))
     assert [message.partition(":")[0] for message in caplog.messages] == [
         "--seed", "--w_max", "--resume_from_checkpoint"
     ]  # fmt: skip
@@ -162,7 +173,7 @@ def unbroken(script, tmp_path_factory):
 def from_step_2(unbroken, folder):
     """A folder with that checkpoint alone, and its state's path."""
     shutil.copytree(unbroken / "checkpoint-2", folder / "checkpoint-2")
-    return folder / "checkpoint-2" / checkpoints.STATE_FILE
+    return folder / "checkpoint-2" / resume.STATE_FILE
 
 
 def resumed(script, folder, *more):
@@ -181,14 +192,14 @@ def test_a_checkpoint_of_another_version_is_gone_on_from_exactly(script, unbroke
     path = from_step_2(unbroken, tmp_path)
     state = json.loads(path.read_text())
     args = script.module.parse_args(script.options(tmp_path))
-    telltales = set(checkpoints.TELLTALES)
+    telltales = set(resume.TELLTALES)
     state["options"] = {k: v for k, v in state["options"].items() if k not in args.left_at_default - telltales}
     assert len(state["options"]) < 20
     state["options"]["no_longer_there"] = 0.5
     del state["script"]
     path.write_text(json.dumps(state))
     assert_same(resumed(script, tmp_path), script.weights(unbroken))
-    saved = json.loads((tmp_path / "checkpoint-4" / checkpoints.STATE_FILE).read_text())
+    saved = json.loads((tmp_path / "checkpoint-4" / resume.STATE_FILE).read_text())
     assert saved["script"] == script.path.name and "no_longer_there" not in saved["options"]
 
 
@@ -215,7 +226,7 @@ def test_another_number_of_workers_begins_a_new_pass(script, unbroken, tmp_path,
     resumed(script, tmp_path, "--dataloader_num_workers=2", CHANGED)
     assert "a new pass over all of it begins" in capfd.readouterr().err
     old, new = (
-        json.loads((folder / f"checkpoint-{step}" / checkpoints.STATE_FILE).read_text())["data"][0]
+        json.loads((folder / f"checkpoint-{step}" / resume.STATE_FILE).read_text())["data"][0]
         for folder, step in ((unbroken, 2), (tmp_path, 4))
     )
     assert len(old["positions"]) == 1 and len(new["positions"]) == 2

@@ -14,6 +14,8 @@ from lcm.run import signals as lcm_signals
 SIGNALLED = """
 import importlib, os, signal, sys
 
+from lcm.run import progress
+
 script, name, whom, *options = sys.argv[1:]
 number, add_loss = getattr(signal, name), progress.Progress.add_losses
 calls = []
@@ -67,7 +69,7 @@ def test_a_signal_is_taken_where_nothing_can_be_printed(monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(lcm_signals.os, "write", gone)
-    signals = lcm_signals.StopSignals(speaks=True)
+    signals = lcm_signals.StopSignals(prints=True)
     try:
         signal.raise_signal(signal.SIGTERM)
         assert signals.received == "SIGTERM"
@@ -106,7 +108,7 @@ importlib.import_module(script).main(options)
     ("name", "number", "module", "method"),
     [
         ("sd", "SIGTERM", "lcm.pictures.validation", "Validation.show"),
-        ("lora_sd", "SIGINT", "lcm.models.networks", "LoraModel.export"),
+        ("lora_sd", "SIGINT", "lcm.models.networks", "Lora.export"),
         ("sd", "SIGINT", "lcm.run.trackers", "Trackers.finish"),
     ],
 )
@@ -137,7 +139,7 @@ def test_ctrl_c_before_the_first_step_is_one_line(teacher, shards, tmp_path, mon
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lcm.models.vae.load_vae", interrupted)
+    monkeypatch.setattr("lcm.models.family.load_vae", interrupted)
     with pytest.raises(SystemExit) as stop:
         Script("sd", teacher, shards, SCRIPTS["sd"]).main(tmp_path)
     assert stop.value.code == 130 and capsys.readouterr().err.endswith("\nStopped before the first step.\n")

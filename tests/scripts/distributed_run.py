@@ -19,10 +19,9 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from lcm import session
 from lcm.data import loader
-from lcm.models import sharding
-from lcm.models import vae as lcm_vae
-from lcm.run import optimizers, start
+from lcm.models import family, networks, sharding
 
 # FSDP2 without GPUs.
 
@@ -85,9 +84,9 @@ def joint_batches(self):
 
 
 def be_two_processes():
-    one, encode = start.step_generator, lcm_vae.encode_pixels
-    start.step_generator = lambda seed, rank, step, device: Pair(one(seed, r, step, device) for r in (0, 1))
-    lcm_vae.encode_pixels = lambda vae, pixels, size, pair: torch.cat(
+    one, encode = session.step_generator, family.encode_pixels
+    session.step_generator = lambda seed, rank, step, device: Pair(one(seed, r, step, device) for r in (0, 1))
+    family.encode_pixels = lambda vae, pixels, size, pair: torch.cat(
         [encode(vae, part, size, one) for part, one in zip(pixels.chunk(2), pair, strict=True)]
     )
     loader.TrainingData.single_iter = staticmethod(loader.TrainingData.__iter__)
@@ -97,10 +96,10 @@ def be_two_processes():
 
 
 def record_gradients():
-    make = optimizers.make_optimizer
+    make = session.make_optimizer
 
-    def recording(args, parameters, *more):
-        optimizer = make(args, list(parameters), *more)
+    def recording(args, *more):
+        optimizer = make(args, *more)
 
         def before_step(*_):
             path = os.path.join(args.output_dir, "gradients.pt")
@@ -112,7 +111,7 @@ def record_gradients():
         optimizer.register_step_pre_hook(before_step)
         return optimizer
 
-    optimizers.make_optimizer = recording
+    session.make_optimizer = recording
 
 
 def check_that_ddp_is_gone():
@@ -129,7 +128,7 @@ def check_that_ddp_is_gone():
 def main(kind, script, options):
     if kind == "fsdp":
         Accelerator.prepare = prepare_sharded
-        sharding.shard_like_student = shard_target
+        networks.shard_like_student = shard_target
     if kind == "joint":
         be_two_processes()
     record_gradients()

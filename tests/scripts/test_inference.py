@@ -136,13 +136,13 @@ def push(trained, output_dir, repository):
 
 
 def train(name, home, shards, patch):
-    """Run the script of one entry of RUNS; returns the FullModel or LoraModel as it was when it was exported."""
+    """Run the script of one entry of RUNS; returns its networks as they were exported."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     script, base, more = RUNS[name]
-    kind = networks.LoraModel if "lora" in script else networks.FullModel
+    kind = networks.Lora if "lora" in script else networks.WholeUNet
     export, exported = kind.export, []
 
     def export_and_keep(self, folder):

@@ -12,7 +12,7 @@ import sys
 import torch
 from conftest import EVERYTHING_AT_RANDOM
 
-from lcm.models import unet as lcm_unet
+from lcm.models import family
 from lcm.run import progress
 
 KILL_MOMENTS = int(os.environ.get("KILL_MOMENTS", "8"))
@@ -73,7 +73,7 @@ def lead_a_dangerous_life(folder, log, kill_at):
 
         setattr(owner, name, wrapped)
 
-    wrap(lcm_unet, "load_unet")
+    wrap(family, "load_unet")
     wrap(progress.Progress, "add_losses")
     wrap(progress.Progress, "check")
     sys.addaudithook(on_event)

@@ -41,10 +41,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import lcm_common
+from lcm import session
 from lcm.data import loader, stream
 from lcm.data.shards import read_shard
 from lcm.pictures import validation
-from lcm.run import optimizers, progress
+from lcm.run import progress
 
 FULL, LORA = ("sd", "sdxl"), ("lora_sd", "lora_sdxl")
 ALL = FULL + LORA
@@ -238,9 +239,8 @@ def watch(patch, run):
         run.losses.append((prediction.detach().cpu().double(), target.cpu().double(), value.mean().item()))
         return value
 
-    def optimizer(original, args, parameters, *more):
-        parameters = list(parameters)
-        made = original(args, parameters, *more)
+    def optimizer(original, args, plan, parameters):
+        made = original(args, plan, parameters)
         run.optimizer, run.settings = type(made), {k: v for k, v in made.param_groups[0].items() if k != "params"}
         run.trained = [parameter.dtype for parameter in parameters]
 
@@ -268,7 +268,7 @@ def watch(patch, run):
     wrap(torch.utils.checkpoint, "checkpoint", recompute)
     wrap(lcm_common, "apply_guidance", guidance)
     wrap(lcm_common, "consistency_loss", loss)
-    wrap(optimizers, "make_optimizer", optimizer)
+    wrap(session, "make_optimizer", optimizer)
     wrap(progress.Progress, "step", step)
 
 
@@ -548,7 +548,7 @@ def test_resume_by_name_by_path_and_from_elsewhere(run, tmp_path, monkeypatch):
         ("named", "latest", "named/checkpoint-4"),
     ):
         resumed = run(*unbroken, f"--resume_from_checkpoint={checkpoint}", folder=Path(out))
-        assert f"Going on from {found}\n" in resumed.log
+        assert f"Resuming from {found}\n" in resumed.log
         assert [step for step, _ in resumed.steps] == ([] if checkpoint == "latest" else [3, 4])
         assert resumed.steps == straight.steps[-len(resumed.steps) :] or checkpoint == "latest"
         assert same(straight, resumed)

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from lcm import storage
 from lcm.data import loader
-from lcm.models import prompts
+from lcm.models.family import SDXL, StableDiffusion
 from lcm.pictures import validation
-from lcm.run import checkpoints, progress
+from lcm.run import checkpoints, progress, resume
 from lcm.run import start as lcm_start
-from train_lcm_distill_sd_wds import load_models, main, parse_args
+from train_lcm_distill_sd_wds import load_networks, main, parse_args
 
 SCRIPT = ROOT / "train_lcm_distill_sd_wds.py"
 
@@ -180,15 +180,17 @@ def test_closing_lines_can_be_run(script, tmp_path, capsys):
 # The networks.
 
 
-def models(args, accelerator):
-    return load_models(args, accelerator, prompts.PromptEncoder(args, accelerator))
+def made_networks(args, load=load_networks, family=StableDiffusion):
+    accelerator, plan = lcm_start.start(args)
+    networks = load(args, plan, family(args, accelerator), accelerator.device)
+    return networks.teacher, networks.student, networks.target
 
 
 @pytest.mark.parametrize("cast", [False, True])
 def test_student_is_the_teacher_plus_a_guidance_projection(teacher, shards, tmp_path, cast):
     more = ["--mixed_precision=bf16", "--cast_teacher_unet"] if cast else []
     args = parse_args(sd_options(teacher, shards, tmp_path, *more))
-    teacher_unet, student, target = models(args, lcm_start.start(args))
+    teacher_unet, student, target = made_networks(args)
     assert teacher_unet.dtype == (torch.bfloat16 if cast else torch.float32)
     z, t, hidden = torch.randn(2, 4, 8, 8), torch.tensor([19, 999]), torch.randn(2, 16, 16)
     w_emb = torch.randn(2, 16)
@@ -206,18 +208,19 @@ def test_student_is_the_teacher_plus_a_guidance_projection(teacher, shards, tmp_
 def test_guidance_projection_is_the_same_on_every_process(teacher, shards, tmp_path):
     """Each process seeds the global generators differently; the target is never broadcast, so this must not matter."""
     args = parse_args(sd_options(teacher, shards, tmp_path))
-    accelerator = lcm_start.start(args)
+    accelerator, plan = lcm_start.start(args)
+    family = StableDiffusion(args, accelerator)
     projections = []
     for global_seed in (1, 2):
         torch.manual_seed(global_seed)
-        projections.append(models(args, accelerator)[2].time_embedding.cond_proj.weight)
+        networks = load_networks(args, plan, family, accelerator.device)
+        projections.append(networks.target.time_embedding.cond_proj.weight)
     assert torch.equal(*projections)
 
 
 def test_first_loss_is_that_of_the_formulas(script, tmp_path, monkeypatch):
     """The first loss of a run equals Algorithm 1 written out with diffusers' own classes."""
     from diffusers import DDIMScheduler, DiffusionPipeline
-
 
     batches, losses = [], []
     unwrapped = loader.TrainingData.__iter__
@@ -236,9 +239,8 @@ def test_first_loss_is_that_of_the_formulas(script, tmp_path, monkeypatch):
     if script.is_lora:
         student = pipeline.unet  # a new LoRA changes nothing
     else:
-        accelerator = lcm_start.start(args)
-        encoder = prompts.SDXLPromptEncoder if script.is_sdxl else prompts.PromptEncoder
-        student = script.module.load_models(args, accelerator, encoder(args, accelerator))[1]
+        family = SDXL if script.is_sdxl else StableDiffusion
+        student = made_networks(args, script.module.load_networks, family)[1]
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     scheduler.set_timesteps(50)
     generator = lcm_start.step_generator(0, 0, 0, "cpu")
@@ -433,14 +435,7 @@ def test_old_checkpoints_survive_a_failed_save(teacher, shards, tmp_path, monkey
         main(sd_options(teacher, shards, tmp_path, "--checkpointing_steps=2", "--checkpoints_total_limit=1"))
     assert exit_info.value.code == 1
     assert "No space left" in capsys.readouterr().err
-    assert checkpoints.list_checkpoints(tmp_path) == [str(tmp_path / "checkpoint-2")]
-
-
-def test_checkpoints_load_in_diffusers(finished):
-    from diffusers import UNet2DConditionModel
-
-    for name in ("unet", "unet_target"):
-        UNet2DConditionModel.from_pretrained(finished / "checkpoint-4", subfolder=name)
+    assert resume.list_checkpoints(tmp_path) == [str(tmp_path / "checkpoint-2")]
 
 
 def run_with_scaler(monkeypatch, options, overflows):
@@ -451,9 +446,9 @@ def run_with_scaler(monkeypatch, options, overflows):
     start, consistency_loss, calls = lcm_start.start, lcm_common.consistency_loss, []
 
     def start_with_scaler(*args, **more):
-        accelerator = start(*args, **more)
+        accelerator, plan = start(*args, **more)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-        return accelerator
+        return accelerator, plan
 
     def overflowing(*args):
         calls.append(1)

@@ -1,0 +1,77 @@
+"""Python that samples from trained networks, for the user to copy."""
+
+import json
+from dataclasses import dataclass
+
+from lcm.models.loading import DTYPE
+from lcm.models.lora_files import DIFFUSERS_FILE
+from lcm.options.checks import default_guidance_scale
+from lcm.options.types import Options
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The kind of machine that the printed code is for."""
+
+    device: str  # cuda, cpu, mps, ...
+
+    @property
+    def dtype(self) -> str:
+        """The argument that loads networks in half precision, or in float32 on a CPU, which is slow in half."""
+        return f"{DTYPE}=torch.float{32 if self.device == 'cpu' else 16}"
+
+    @property
+    def move(self) -> str:
+        """The call that moves a pipeline to the device."""
+        return "" if self.device == "cpu" else f'.to("{self.device}")'
+
+    @property
+    def other_kind(self) -> str:
+        """A comment on what to change on other machines."""
+        if self.device == "cpu":
+            return '# This is for a CPU. On a GPU: torch.float16 in place of torch.float32, and pipeline.to("cuda").'
+        return f"# Without a GPU: torch.float32 in place of torch.float16, and no {self.move}."
+
+
+def unet_code(args: Options, teacher: str, source: str, folder: str | None, machine: Machine) -> str:
+    """Code for the U-Net in a `folder` of `source`, or for `folder` None in `source` itself.
+
+    `source` is an output folder or a repository; it has the scheduler too.
+    """
+    where = "" if folder is None else f', subfolder="{folder}"'
+    where += ', variant="fp16"' if machine.device != "cpu" else ""
+    scale, steps = default_guidance_scale(args), min(4, args.num_ddim_timesteps)
+    return f"""\
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+
+{machine.other_kind}
+unet = UNet2DConditionModel.from_pretrained("{source}"{where}, {machine.dtype})
+scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
+pipeline = DiffusionPipeline.from_pretrained(
+    "{teacher}", unet=unet, scheduler=scheduler, {machine.dtype}
+){machine.move}
+
+# Trained for guidance scales from {args.w_min + 1:g} to {args.w_max + 1:g}; a negative prompt has no effect.
+prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
+image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={scale:g}).images[0]
+image.save("lcm.png")
+"""
+
+
+def lora_code(args: Options, teacher: str, source: str, machine: Machine) -> str:
+    """Code for the LoRA in `source`, an output folder or a repository."""
+    return f"""\
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+
+{machine.other_kind}
+pipeline = DiffusionPipeline.from_pretrained("{teacher}", {machine.dtype}){machine.move}
+pipeline.scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
+pipeline.load_lora_weights("{source}", weight_name="{DIFFUSERS_FILE}")
+
+# Guidance is part of what was learned: 1 adds none; from 1 to 2 a negative prompt has an effect.
+prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
+image = pipeline(prompt, num_inference_steps={min(4, args.num_ddim_timesteps)}, guidance_scale=1).images[0]
+image.save("lcm.png")
+"""
