@@ -6,7 +6,11 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import tarfile
+import tempfile
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +32,12 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO_TEACHER = ROOT / "demo" / "teacher"
 
 
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of xdist, which would begin with the files of most tests
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.parent.name != "scripts")  # the longest files first
     if not torch.cuda.is_available():
         for item in items:
             if "cuda" in item.keywords:
@@ -251,6 +260,32 @@ def watchdog():
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+def forked(call, new_session=False):
+    """What `subprocess.run` returns of a process that calls `call`; forked from this one, which spares the imports."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                if new_session:
+                    os.setsid()
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                with open(1, "w", closefd=False) as sys.stdout, open(2, "w", 1, closefd=False) as sys.stderr:
+                    call()
+                status = 0
+            except SystemExit as end:
+                status = int(end.code or 0)
+            except BaseException:
+                os.write(2, traceback.format_exc().encode())
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
+    return subprocess.CompletedProcess(call, os.waitstatus_to_exitcode(status), *texts)
 
 
 def sd_options(teacher, shards, output_dir, *more):
