@@ -35,6 +35,7 @@ test-oldest: .venv-oldest/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/codespell
+	$(BIN)/mypy
 
 .venv/installed: constraints.txt
 .venv-oldest/installed: constraints-oldest.txt

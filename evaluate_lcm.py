@@ -1,11 +1,11 @@
-"""Compare networks that were trained with their teacher, in a table and in a picture.
+"""Compare trained networks with their teacher, in a table and in a picture.
 
 python evaluate_lcm.py \\
     --pretrained_teacher_model=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-    --trained "whole U-Net=lcm-sd15" LoRA=lcm-lora-sd15 \\
+    --trained U-Net=lcm-sd15 LoRA=lcm-lora-sd15 \\
     --prompts=prompts.txt --num_images=1000 --reference_images=path/to/pictures --output_dir=lcm-evaluation
 
-Draws the same prompts from the same noise with the teacher, in many steps and in few, and with each trained network in
+Draws the same prompts from the same noise: with the teacher in many steps and in few, and with each trained network in
 few. Writes output_dir/README.md (the table, and how it was measured), output_dir/results.json and output_dir/grid.png.
 """
 
@@ -14,17 +14,25 @@ import json
 import os
 import shlex
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from lcm.errors import UserError, first_line, run
 from lcm.options.choices import SAMPLERS, VALIDATION_PROMPTS
 from lcm.options.files import read_prompts
 from lcm.options.groups import add_model_options
-from lcm.options.types import integer, make_parser, number
+from lcm.options.types import Options, Parser, integer, make_parser, number
 from lcm.secrets import redact_arguments
 
-MANY, FEW = "ddim", "ddim-trailing"  # on the teacher's own timesteps; one step on the usual, "leading", says nothing
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+# The teacher's. With "leading" timesteps, diffusers' default, a single step is at t = 0 or 1 and leaves the noise.
+SAMPLER_MANY_STEPS, SAMPLER_FEW_STEPS = "ddim", "ddim-trailing"
 GRID_ROWS, LARGEST_CELL = 5, 256  # of grid.png: prompts, and pixels a side of a picture
-COLUMNS = {  # what a row may hold: the column's heading, and how its values are written
+COLUMNS = {  # key in a row: (heading, format of the values)
     "network": ("network", "{}"),
     "steps": ("steps", "{}"),
     "sampler": ("sampler", "{}"),
@@ -36,87 +44,87 @@ COLUMNS = {  # what a row may hold: the column's heading, and how its values are
 }
 
 
-def parse_args(argv=None):
-    """The options, checked; heavy imports come after this, so that a mistake is answered at once."""
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """The checked options. Heavy imports come later, so that a wrong option is reported at once."""
     parser = make_parser(__doc__)
     add_model_options(parser)
     add = parser.add_argument_group("what is compared").add_argument
     add("--trained", nargs="+", required=True, metavar="[LABEL=]FOLDER_OR_ID",
-        help="What was trained: output folders, checkpoints or Hub ids, of whole U-Nets and LoRAs. Each is sampled "
-             "with its own scheduler/.")
+        help="The trained U-Nets and LoRAs: output folders, checkpoints or Hub ids. Each is sampled with its own "
+             "scheduler/.")
     add("--variant", metavar="NAME",
         help="Variant of the teacher's weight files, such as fp16.")
     add("--output_dir", default="lcm-evaluation", metavar="FOLDER",
-        help="Where table, figures and pictures are written.")
+        help="Folder for the table, the numbers and the pictures.")
 
     add = parser.add_argument_group("sampling").add_argument
     add("--prompts", nargs="+", default=VALIDATION_PROMPTS, metavar="PROMPT_OR_FILE",
-        help="What to draw; of a text file, each line.")
+        help="Prompts, or a text file with one prompt in each line.")
     add("--num_images", type=integer(2), default=100, metavar="N",
-        help="Pictures a row of the table; the prompts are gone through again and again.")
+        help="Pictures for each row of the table; the prompts are repeated in order.")
     add("--num_inference_steps", nargs="+", type=integer(1, 1000), default=[1, 2, 4, 8], metavar="STEPS",
-        help="Few steps, for the teacher and for everything trained.")
+        help="Few steps, for the teacher and for all trained networks.")
     add("--teacher_num_inference_steps", type=integer(1, 1000), default=50, metavar="STEPS",
-        help="Many steps, for the teacher alone: what the others are to come near.")
+        help="Many steps, for the teacher only: its pictures are what the others should match.")
     add("--teacher_scheduler", choices=[*(name for name in SAMPLERS if name != "lcm"), "own"],
-        help="The teacher's sampler; `own` is the one it comes with, `ddim` spaces the timesteps as that does. If "
-             f"unset: {MANY} for many steps, {FEW} for few.")
+        help="The teacher's sampler; `own` is that of its scheduler/, `ddim` has the same timestep spacing. If unset: "
+             f"{SAMPLER_MANY_STEPS} for many steps, {SAMPLER_FEW_STEPS} for few.")
     add("--guidance_scale", type=number(1), default=7.5, metavar="SCALE",
-        help="Of the teacher and of whole U-Nets; keep it inside [w_min + 1, w_max + 1] of their training.")
+        help="Guidance of the teacher and of U-Nets; keep it inside [w_min + 1, w_max + 1] of their training.")
     add("--lora_guidance_scale", type=number(1), default=1.0, metavar="SCALE",
-        help="Of LoRAs, which have learned their guidance: 1 adds none.")
+        help="Guidance of LoRAs, which have learned theirs: 1 adds no more.")
     add("--resolution", type=integer(8), metavar="PIXELS",
-        help="Sides of the pictures. If unset: what the teacher was made for.")
+        help="Width and height of the pictures. If unset: the size of the teacher's U-Net.")
     add("--batch_size", type=integer(1), default=8, metavar="PICTURES",
-        help="Pictures that are drawn at once; the seconds an image depend on it.")
+        help="Pictures that are drawn at once; the seconds per image depend on it.")
     add("--seed", type=integer(0, 2**32 - 1), default=0,
-        help="Decides the noise: that of a picture depends on the seed and the picture's number alone.")
+        help="Seed of the noise. The noise of a picture depends only on the seed and the picture's number.")
     add("--dtype", choices=["float32", "float16", "bfloat16"],
-        help="What all networks are loaded in, CLIP and the feature network excepted. If unset: float16 on a GPU, "
-             "float32 without one.")
+        help="Dtype of all networks but CLIP and the feature network. If unset: float16 on a GPU, else float32.")
 
     add = parser.add_argument_group("measures").add_argument
     add("--clip_model", default="openai/clip-vit-base-patch16", metavar="ID_OR_FOLDER",
         help="The CLIP model of the CLIP score; `none` leaves that column out.")
     add("--feature_network", default="clip", metavar="clip|inception|FILE.py:NAME|none",
-        help="Whose features the Frechet distance compares: the embeddings of --clip_model, torchmetrics' Inception "
-             "(needs torch-fidelity), a function or torch module that maps pictures (B, 3, H, W) uint8 to (B, F), "
-             "also as module:NAME; `none` leaves the column out.")
+        help="The features of the Frechet distance: the embeddings of --clip_model, torchmetrics' Inception (needs "
+             "torch-fidelity), or a function or torch module that maps pictures (B, 3, H, W) uint8 to (B, F), also "
+             "as module:NAME; `none` leaves the column out.")
     add("--reference_images", metavar="FOLDER_OR_SHARDS",
-        help="Pictures that the Frechet distance compares with: a folder, or WebDataset shards as in training. If "
-             "unset: the teacher's own at many steps.")
+        help="Reference pictures of the Frechet distance: a folder, or WebDataset shards as in training. If unset: "
+             "the teacher's pictures at many steps.")
     add("--num_reference_images", type=integer(2), default=10000, metavar="N",
-        help="At most so many of them are read.")
+        help="The most pictures that are read of --reference_images.")
     add("--extra_metric", metavar="FILE.py:NAME",
-        help="A function of (pictures (N, 3, H, W) uint8, list of N prompts) that returns a dict of numbers, each of "
-             "which becomes a column; also module:NAME.")
+        help="A function of (pictures (N, 3, H, W) uint8, list of N prompts) that returns a dict of numbers; each "
+             "becomes a column. Also module:NAME.")
 
-    args = parser.parse_args(argv)
-    given = redact_arguments(sys.argv[1:] if argv is None else argv)  # before they are quoted
+    args = parser.parse_args(argv, Options())
+    given = redact_arguments(sys.argv[1:] if argv is None else argv)  # before shlex quotes them
     args.command = shlex.join(["python", "evaluate_lcm.py", *given])
     check(args, parser)
+    args.freeze()
     return args
 
 
-def check(args, parser):
-    """Exit with status 2 and one line that begins with the option where options cannot be used together."""
+def check(args: Namespace, parser: Parser) -> None:
+    """If options cannot be used together, exit with status 2 and one line that begins with the option."""
 
-    def need(condition, option, message):
+    def need(condition: Any, option: str, message: str) -> None:
         if not condition:
             parser.error(f"{option}: {message}")
 
     args.prompts = read_prompts(parser, "--prompts", args.prompts)
     args.trained = [split_label(value) for value in args.trained]
     labels = ["teacher"] + [label for label, _ in args.trained]
-    twice = next((label for label in labels if labels.count(label) > 1), None)
-    need(twice is None, "--trained",
-         f"two networks are called {twice!r}; allowed: different names, as LABEL=FOLDER, and not teacher")  # fmt: skip
+    duplicate = next((label for label in labels if labels.count(label) > 1), None)
+    need(duplicate is None, "--trained",
+         f"two networks are called {duplicate!r}; allowed: different names, not teacher, as LABEL=FOLDER")  # fmt: skip
     need(all(labels), "--trained", "a label is empty; allowed: LABEL=FOLDER_OR_ID, or FOLDER_OR_ID")
     need(args.reference_images is None or args.feature_network != "none", "--reference_images",
          f"{args.reference_images!r} given, but --feature_network is none, which compares nothing")  # fmt: skip
     need((args.resolution or 8) % 8 == 0, "--resolution", f"{args.resolution} given; allowed: multiples of 8")
     need(args.clip_model != "none" or args.feature_network != "clip", "--feature_network",
-         "clip takes --clip_model, which is none; allowed with it: inception, FILE.py:NAME, none")  # fmt: skip
+         "clip needs --clip_model, which is none; allowed with it: inception, FILE.py:NAME, none")  # fmt: skip
     need(args.feature_network in ("clip", "inception", "none") or ":" in args.feature_network, "--feature_network",
          f"{args.feature_network!r} given; allowed: clip, inception, FILE.py:NAME, module:NAME, none")  # fmt: skip
     need(args.extra_metric is None or ":" in args.extra_metric, "--extra_metric",
@@ -126,19 +134,19 @@ def check(args, parser):
         need(importlib.util.find_spec(package), "--feature_network",
              f"{args.feature_network} given, but the package {package} is not installed")  # fmt: skip
     need(not os.path.exists(args.output_dir) or os.path.isdir(args.output_dir), "--output_dir",
-         f"{args.output_dir!r} is a file; allowed: a folder, or a path where one can be made")  # fmt: skip
+         f"{args.output_dir!r} is a file; allowed: a folder, or a path that does not exist yet")  # fmt: skip
 
 
-def split_label(value):
-    """(label, source) of `label=source`, or of a source alone, which is then called by the last part of its path."""
+def split_label(value: str) -> tuple[str, str]:
+    """(label, source) of `label=source`; the label of a source alone is the last part of its path."""
     label, equals, source = value.partition("=")
     if equals and not os.path.exists(value):
         return label, source
     return os.path.basename(os.path.abspath(value)), value
 
 
-def evaluate(args):
-    """Draw, measure and write all that the options ask for."""
+def evaluate(args: Namespace) -> None:
+    """Draw, measure and write everything. Raises UserError."""
     import torch
     from tqdm.auto import tqdm
 
@@ -155,10 +163,10 @@ def evaluate(args):
     trained = [candidates.find_trained(pipeline, args, *value) for value in args.trained]
     noise = sampling.starting_noise(pipeline, len(prompts), args.seed, args.resolution)
     measures = Measures(args, prompts, pipeline.device, noise.shape[-1] * pipeline.vae_scale_factor)
-    few, places, rows = args.num_inference_steps, shown_prompts(prompts), []
+    few, shown, rows = args.num_inference_steps, shown_prompts(prompts), []
     progress = tqdm(total=len(prompts) * (1 + len(few) * (1 + len(trained))), unit="picture", dynamic_ncols=True)
 
-    def add_row(network, steps, sampler, scheduler, guidance_scale):
+    def add_row(network: str, steps: int, sampler: str, scheduler: Any, guidance_scale: float) -> None:
         progress.set_description(f"{network}, {count(steps)}")
         pipeline.scheduler = scheduler
         generators = sampling.picture_generators(len(prompts), args.seed)
@@ -168,15 +176,16 @@ def evaluate(args):
             )
         except torch.OutOfMemoryError as error:
             raise UserError(f"--batch_size: {args.batch_size} given, but {first_line(error)}") from error
-        row = {"network": network, "steps": steps, "sampler": sampler, "guidance_scale": guidance_scale}
-        row |= {"seconds": seconds, **measures(images)}
-        rows.append((row, images[places]))
+        row: dict[str, Any] = {"network": network, "steps": steps, "sampler": sampler}
+        row |= {"guidance_scale": guidance_scale, "seconds": seconds, **measures(images)}
+        rows.append((row, images[shown]))
         progress.write(", ".join(f"{heading} {text}" for heading, text in cells(row).items()))
 
     own = pipeline.scheduler
+    many = args.teacher_num_inference_steps
     with progress:
-        for steps, usual in [(args.teacher_num_inference_steps, MANY), *((steps, FEW) for steps in few)]:
-            name = args.teacher_scheduler or usual
+        for steps, default in [(many, SAMPLER_MANY_STEPS), *((steps, SAMPLER_FEW_STEPS) for steps in few)]:
+            name = args.teacher_scheduler or default
             add_row("teacher", steps, name, samplers.make_scheduler(name, own), args.guidance_scale)
         for network in sorted(trained, key=lambda network: not network.is_lora):  # LoRAs need the teacher's own U-Net
             candidates.load_trained(pipeline, network, args)
@@ -196,27 +205,27 @@ def evaluate(args):
         "rows": [row for row, _ in rows],
     }
     try:
-        write(args.output_dir, results, [pictures for _, pictures in rows], [prompts[i] for i in places])
+        write(args.output_dir, results, [pictures for _, pictures in rows], [prompts[i] for i in shown])
     except OSError as error:
         raise UserError(f"--output_dir: {error}") from None
 
 
-# What is written.
+# The files that are written.
 
 
-def count(steps):
-    """The words for a number of steps."""
+def count(steps: int) -> str:
+    """A number of steps in words: `1 step`, `4 steps`."""
     return f"{steps} step{'s' * (steps > 1)}"
 
 
-def shown_prompts(prompts):
-    """The places of a few different prompts, far apart in the list: the rows of grid.png."""
+def shown_prompts(prompts: list[str]) -> list[int]:
+    """The indices of the prompts in grid.png: at most GRID_ROWS different ones, evenly spaced in the list."""
     different = sorted({prompt: i for i, prompt in reversed(list(enumerate(prompts)))}.values())
     rows = min(GRID_ROWS, len(different))
     return [different[round(i * (len(different) - 1) / max(1, rows - 1))] for i in range(rows)]
 
 
-def cells(row, headings=None):
+def cells(row: dict[str, Any], headings: dict[str, str] | None = None) -> dict[str, str]:
     """A row of the table as {heading: text}; `headings` replaces some of them."""
     texts = {}
     for name, value in row.items():
@@ -225,7 +234,7 @@ def cells(row, headings=None):
     return texts
 
 
-def as_markdown(results):
+def as_markdown(results: dict[str, Any]) -> str:
     """The rows of `results` as a Markdown table."""
     headings = {
         "frechet_distance": f"Frechet distance to {results['reference']}",
@@ -236,8 +245,8 @@ def as_markdown(results):
     return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 
-def draw(rows, pictures, prompts):
-    """grid.png: a row for each prompt, a column for each row of the table. `pictures` are (P, 3, H, W) uint8 each."""
+def draw(rows: list[dict[str, Any]], pictures: "list[torch.Tensor]", prompts: list[str]) -> "Image.Image":
+    """grid.png: a line for each of P prompts, a column for each of `rows`, whose `pictures` are (P, 3, H, W) uint8."""
     from PIL import Image
 
     from lcm.pictures.grid import picture_grid
@@ -251,10 +260,10 @@ def draw(rows, pictures, prompts):
     return picture_grid(grid, prompts, labels, min(LARGEST_CELL, max(96, grid[0][0].width)), starts)
 
 
-def write(folder, results, pictures, prompts):
+def write(folder: str, results: dict[str, Any], pictures: "list[torch.Tensor]", prompts: list[str]) -> None:
     """Write grid.png, results.json and README.md to `folder`, and print the table.
 
-    A README.md that is not of an evaluation stays; evaluation.md is then written in its place.
+    A README.md that is not of an evaluation is kept; the text is then written to evaluation.md.
     """
     from lcm.results.card import mark, report_name
 
@@ -285,7 +294,7 @@ def write(folder, results, pictures, prompts):
     print(f"\n{table}\n\n{folder}: {report} with this table, grid.png, results.json")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     run(evaluate, parse_args(argv), interrupted="Stopped before the table was written.")
 
 

@@ -1,43 +1,47 @@
-"""The math of latent consistency distillation: pure functions on tensors, float32 throughout.
+"""The mathematics of latent consistency distillation: functions on tensors, computed in float32.
 
 Shapes: B samples, T training timesteps of the noise schedule (1000), N points of the solver's grid.
 Latents are (B, C, h, w); timesteps `t` are (B,) int64 in [0, T); `alphas` and `sigmas` are (T,) float32 with
-alphas^2 + sigmas^2 = 1. Whatever dtype the networks return, every function here computes and returns float32.
+alphas^2 + sigmas^2 = 1. For inputs of any float dtype, every function here computes and returns float32.
 
 Algorithm 1 and its symbols: Luo et al., "Latent Consistency Models", arXiv 2310.04378.
 """
 
 import torch
 
+Tensor = torch.Tensor
 
-def noise_schedule(alphas_cumprod):
-    """Square roots of the schedule: alphas(t) = sqrt(alphas_cumprod), sigmas(t) = sqrt(1 - alphas_cumprod).
 
-    `alphas_cumprod` is (T,), as a diffusers scheduler holds it. Returns two (T,) float32 tensors.
+def noise_schedule(alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
+    """alphas(t) = sqrt(alphas_cumprod), sigmas(t) = sqrt(1 - alphas_cumprod).
+
+    `alphas_cumprod` is (T,), as in a diffusers scheduler. Returns two (T,) float32 tensors.
     """
     alphas_cumprod = alphas_cumprod.float()
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
 
-def gather(table, t, like):
+def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """Row `t` of a (T,) table for each sample, as (B, 1, ..., 1) float32 with as many dimensions as `like`."""
     return table.float()[t].reshape(-1, *[1] * (like.ndim - 1))
 
 
-def add_noise(z_0, noise, t, alphas, sigmas):
-    """z_t = alpha(t) z_0 + sigma(t) noise, in float32; in bfloat16 the noise level near t = 0 is off by percents.
+def add_noise(z_0: Tensor, noise: Tensor, t: Tensor, alphas: Tensor, sigmas: Tensor) -> Tensor:
+    """z_t = alpha(t) z_0 + sigma(t) noise. In bfloat16 the noise level near t = 0 would have an error of percents.
 
     `z_0` and `noise` are (B, C, h, w) of any float dtype. Returns (B, C, h, w) float32.
     """
     return gather(alphas, t, z_0) * z_0.float() + gather(sigmas, t, z_0) * noise.float()
 
 
-def predicted_origin(output, t, z_t, alphas, sigmas, prediction_type):
-    """The clean latent x_0 that a network's `output` at (z_t, t) stands for.
+def predicted_origin(
+    output: Tensor, t: Tensor, z_t: Tensor, alphas: Tensor, sigmas: Tensor, prediction_type: str
+) -> Tensor:
+    """The clean latent x_0 that a network's `output` at (z_t, t) predicts.
 
     epsilon: (z_t - sigma output) / alpha; sample: output; v_prediction: alpha z_t - sigma output.
-    `output` and `z_t` are (B, C, h, w). Returns (B, C, h, w) float32. With epsilon, alpha(t) must not be 0: a
-    schedule with zero terminal SNR has no x_0 there. Raises ValueError for another `prediction_type`.
+    `output` and `z_t` are (B, C, h, w). Returns (B, C, h, w) float32. For epsilon, alpha(t) must not be 0, as it
+    is at the end of a schedule with zero terminal SNR. Raises ValueError for another `prediction_type`.
     Matches step 4 of diffusers' `LCMScheduler.step`.
     """
     output, z_t = output.float(), z_t.float()
@@ -51,11 +55,13 @@ def predicted_origin(output, t, z_t, alphas, sigmas, prediction_type):
     raise ValueError(f"prediction_type is {prediction_type!r}; allowed: epsilon, sample, v_prediction")
 
 
-def predicted_noise(output, t, z_t, alphas, sigmas, prediction_type):
-    """The noise eps that a network's `output` at (z_t, t) stands for; the twin of `predicted_origin`.
+def predicted_noise(
+    output: Tensor, t: Tensor, z_t: Tensor, alphas: Tensor, sigmas: Tensor, prediction_type: str
+) -> Tensor:
+    """The noise eps that a network's `output` at (z_t, t) predicts.
 
     epsilon: output; sample: (z_t - alpha output) / sigma; v_prediction: alpha output + sigma z_t.
-    Shapes, dtype, errors as there. Matches the predicted epsilon in diffusers' `DDIMScheduler.step`.
+    Shapes, dtype and errors as `predicted_origin`. Matches the predicted epsilon in diffusers' `DDIMScheduler.step`.
     """
     output, z_t = output.float(), z_t.float()
     alpha_t, sigma_t = gather(alphas, t, z_t), gather(sigmas, t, z_t)
@@ -68,7 +74,7 @@ def predicted_noise(output, t, z_t, alphas, sigmas, prediction_type):
     raise ValueError(f"prediction_type is {prediction_type!r}; allowed: epsilon, sample, v_prediction")
 
 
-def boundary_scalings(t, timestep_scaling=10.0, sigma_data=0.5):
+def boundary_scalings(t: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
     """c_skip = sigma_data^2 / ((s t)^2 + sigma_data^2) and c_out = s t / sqrt((s t)^2 + sigma_data^2).
 
     `t` is (B,), `timestep_scaling` is s. Returns (c_skip, c_out), each (B,) float32; at t = 0 they are exactly
@@ -80,21 +86,29 @@ def boundary_scalings(t, timestep_scaling=10.0, sigma_data=0.5):
     return c_skip, c_out
 
 
-def consistency_function(output, t, z_t, alphas, sigmas, prediction_type, timestep_scaling=10.0):
-    """f(z_t, t) = c_skip(t) z_t + c_out(t) x_0(output): the network's answer, pinned to f(z, 0) = z.
+def consistency_function(
+    output: Tensor,
+    t: Tensor,
+    z_t: Tensor,
+    alphas: Tensor,
+    sigmas: Tensor,
+    prediction_type: str,
+    timestep_scaling: float = 10.0,
+) -> Tensor:
+    """f(z_t, t) = c_skip(t) z_t + c_out(t) x_0(output), which satisfies the boundary condition f(z, 0) = z.
 
-    Shapes, dtype, errors as `predicted_origin`. Equation 9 of arXiv 2310.04378 for epsilon.
+    Shapes, dtype and errors as `predicted_origin`. Equation 9 of arXiv 2310.04378 for epsilon.
     """
     x_0 = predicted_origin(output, t, z_t, alphas, sigmas, prediction_type)
     c_skip, c_out = (c.reshape(-1, *[1] * (z_t.ndim - 1)) for c in boundary_scalings(t, timestep_scaling))
     return c_skip * z_t.float() + c_out * x_0
 
 
-def guidance_embedding(w, dim):
+def guidance_embedding(w: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding of 1000 w: sines, then cosines, over frequencies 10000^(-i / (dim // 2 - 1)).
 
-    `w` is (B,), the guidance weight of the paper (CFG scale - 1). Returns (B, dim) float32; an odd `dim` ends in a
-    column of zeros. Raises ValueError for dim < 4. Matches `get_guidance_scale_embedding` of diffusers' pipelines.
+    `w` is (B,), the guidance weight of the paper (CFG scale - 1). Returns (B, dim) float32; for an odd `dim` the
+    last column is 0. Raises ValueError for dim < 4. Matches `get_guidance_scale_embedding` of diffusers' pipelines.
     """
     if dim < 4:
         raise ValueError(f"dim is {dim}; a guidance embedding needs at least 4")
@@ -107,11 +121,11 @@ def guidance_embedding(w, dim):
     return torch.nn.functional.pad(embedding, (0, dim % 2))
 
 
-def apply_guidance(cond_output, uncond_output, w):
-    """cond + w (cond - uncond), in float32: the LCM form of classifier-free guidance, so w = CFG scale - 1.
+def apply_guidance(cond_output: Tensor, uncond_output: Tensor, w: Tensor) -> Tensor:
+    """cond + w (cond - uncond): the paper's form of classifier-free guidance, with w = CFG scale - 1.
 
-    Outputs are (B, C, h, w'), `w` is (B,). x_0 and eps are affine in the output with weights that do not depend on
-    the conditioning, so guiding the raw output once is the same as guiding both of them afterwards.
+    Outputs are (B, C, h, w'), `w` is (B,); returns (B, C, h, w') float32. x_0 and eps are affine in the output, with
+    weights that do not depend on the conditioning. So guiding the output once equals guiding x_0 and eps afterwards.
     """
     w = w.float().reshape(-1, *[1] * (cond_output.ndim - 1))
     cond_output, uncond_output = cond_output.float(), uncond_output.float()
@@ -121,12 +135,12 @@ def apply_guidance(cond_output, uncond_output, w):
 class DDIMSolver:
     """The teacher's diffusion, and DDIM as the ODE solver of Algorithm 1, on the grid t_i = (i + 1) k - 1, k = T // N.
 
-    `alphas_cumprod` is (T,); `prediction_type` says what a network's output stands for. The grid is the one of
-    `LCMScheduler(original_inference_steps=N)`; if N does not divide T it ends before T - 1 (`reaches_end` is False).
+    `alphas_cumprod` is (T,); `prediction_type` says what a network's output stands for. The grid is that of
+    `LCMScheduler(original_inference_steps=N)`; if N does not divide T, it ends before T - 1 (`reaches_end` is False).
     Raises ValueError unless 1 <= N <= T.
     """
 
-    def __init__(self, alphas_cumprod, num_steps=50, prediction_type="epsilon"):
+    def __init__(self, alphas_cumprod: Tensor, num_steps: int = 50, prediction_type: str = "epsilon"):
         num_train_timesteps = len(alphas_cumprod)
         if not 1 <= num_steps <= num_train_timesteps:
             raise ValueError(f"num_steps is {num_steps}; allowed: 1 to {num_train_timesteps}")
@@ -136,21 +150,21 @@ class DDIMSolver:
         self.reaches_end = num_steps * self.k == num_train_timesteps
         self.alphas, self.sigmas = noise_schedule(alphas_cumprod)
 
-    def interval(self, n):
-        """(t_nk, t_n) for grid indices `n` (B,): the grid point and the one k steps before it, 0 at the end."""
+    def interval(self, n: Tensor) -> tuple[Tensor, Tensor]:
+        """(t_nk, t_n) for grid indices `n` (B,): a grid point and the timestep k before it, at least 0."""
         t_nk = self.timesteps[n]
         return t_nk, (t_nk - self.k).clamp(min=0)
 
-    def add_noise(self, z_0, noise, t):
+    def add_noise(self, z_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """z_t: `add_noise` on the teacher's schedule."""
         return add_noise(z_0, noise, t, self.alphas, self.sigmas)
 
-    def origin_and_noise(self, output, t, z_t):
+    def origin_and_noise(self, output: Tensor, t: Tensor, z_t: Tensor) -> tuple[Tensor, Tensor]:
         """(x_0, eps): `predicted_origin` and `predicted_noise` on the teacher's schedule."""
         x_0 = predicted_origin(output, t, z_t, self.alphas, self.sigmas, self.prediction_type)
         return x_0, predicted_noise(output, t, z_t, self.alphas, self.sigmas, self.prediction_type)
 
-    def step(self, x_0, eps, t_n):
+    def step(self, x_0: Tensor, eps: Tensor, t_n: Tensor) -> Tensor:
         """z_n = alpha(t_n) x_0 + sigma(t_n) eps: one deterministic DDIM step to `t_n`; (B, C, h, w) float32.
 
         Source: `DDIMScheduler.step` with eta 0.
@@ -161,10 +175,10 @@ class DDIMSolver:
 class ConsistencyFunction:
     """f(z_t, t) of LCM: `consistency_function` on the schedule of a solver. It lands at s = 0, where f(z, 0) = z."""
 
-    def __init__(self, solver, timestep_scaling=10.0):
+    def __init__(self, solver: DDIMSolver, timestep_scaling: float = 10.0):
         self.solver, self.timestep_scaling = solver, timestep_scaling
 
-    def __call__(self, output, t, z_t):
+    def __call__(self, output: Tensor, t: Tensor, z_t: Tensor) -> Tensor:
         """f for a network's `output` at (z_t, t): (B, C, h, w) float32."""
         solver = self.solver
         return consistency_function(
@@ -172,12 +186,12 @@ class ConsistencyFunction:
         )
 
 
-def consistency_loss(prediction, target, loss_type="l2", huber_c=0.001):
-    """l2: mean of d^2; huber: mean of sqrt(d^2 + c^2) - c, with d = prediction - target in float32.
+def consistency_loss(prediction: Tensor, target: Tensor, loss_type: str = "l2", huber_c: float = 0.001) -> Tensor:
+    """l2: mean of d^2; huber: mean of sqrt(d^2 + c^2) - c, with d = prediction - target.
 
-    Returns the mean of each sample, (B,). Raises ValueError for another `loss_type`. The second is the pseudo-Huber
-    loss of Song & Dhariwal, "Improved Techniques for Training Consistency Models", arXiv 2310.14189, taken element by
-    element.
+    Both inputs are (B, ...). Returns a mean for each sample, (B,) float32. Raises ValueError for another
+    `loss_type`. huber is the pseudo-Huber loss of Song & Dhariwal, "Improved Techniques for Training Consistency
+    Models", arXiv 2310.14189, for each element.
     """
     difference = prediction.float() - target.float()
     if loss_type == "l2":
@@ -188,10 +202,10 @@ def consistency_loss(prediction, target, loss_type="l2", huber_c=0.001):
 
 
 @torch.no_grad()
-def update_ema(target, source, decay):
+def update_ema(target: dict[str, Tensor], source: dict[str, Tensor], decay: float) -> None:
     """target <- decay target + (1 - decay) source, for two dicts of parameters with the same names.
 
-    The targets keep their dtype and device. Raises ValueError, naming one, if a parameter is missing on a side.
+    The targets keep their dtype and device. Raises ValueError if a parameter is in one dict only.
     """
     if target.keys() != source.keys():
         odd = sorted(target.keys() ^ source.keys())
@@ -202,10 +216,11 @@ def update_ema(target, source, decay):
 
 
 @torch.no_grad()
-def relative_distance(target, source):
-    """|target - source| / |target| over two dicts of parameters with the same names: a scalar, not waited for.
+def relative_distance(target: dict[str, Tensor], source: dict[str, Tensor]) -> Tensor:
+    """|target - source| / |target| over two dicts of parameters with the same names: a scalar on their device.
 
-    One parameter after the other, since a second copy of a whole U-Net may not fit.
+    One parameter after the other: a second copy of all parameters may not fit into memory.
     """
     difference = sum((target[name] - source[name]).float().square().sum() for name in target)
-    return (difference / sum(tensor.float().square().sum() for tensor in target.values())).sqrt()
+    squares = sum(tensor.float().square().sum() for tensor in target.values())
+    return (difference / squares).sqrt()  # type: ignore[union-attr]

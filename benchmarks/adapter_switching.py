@@ -2,15 +2,16 @@
 
     python benchmarks/adapter_switching.py
 
-In a step the U-Net is the teacher once and the target once, and each time the student again. Only the switches are
-timed, not the networks. The U-Net is on torch's meta device: all modules of SDXL, but no weights, so that it takes no
-memory. Prints the median over `--steps` steps, in ms, beside what diffusers' own methods take for the same switches.
+In each step the U-Net is switched from student to teacher and back, and from student to target and back. Only the
+switches are timed, not the networks. The U-Net is on torch's meta device: all modules of SDXL without weights, so that
+it takes no memory. Prints the median over `--steps` steps in ms, and the same for diffusers' own methods.
 """
 
 import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from benchmarks.estimate import SDXL
 
 
-def median_ms(step, steps):
+def median_ms(step: Callable[[], None], steps: int) -> float:
     """The median time of `step()` in ms, after one call that is not counted."""
     times = []
     for _ in range(steps + 1):
@@ -31,7 +32,7 @@ def median_ms(step, steps):
     return statistics.median(times[1:])
 
 
-def measure(ema_decay, dropout, steps):
+def measure(ema_decay: float | None, dropout: float, steps: int) -> tuple[int, float, float]:
     """(layers with an adapter, ms a step, ms a step with diffusers' methods)."""
     from diffusers import UNet2DConditionModel
 
@@ -47,13 +48,13 @@ def measure(ema_decay, dropout, steps):
     teacher = lora.AdapterView(unet, None)
     target = lora.AdapterView(unet, lora.TRAINED if ema_decay is None else lora.EMA)
 
-    def with_views():
+    def with_views() -> None:
         with teacher.active():
             pass
         with target.active():
             pass
 
-    def with_diffusers():
+    def with_diffusers() -> None:
         unet.eval()
         unet.disable_adapters()
         unet.enable_adapters()
@@ -65,9 +66,9 @@ def measure(ema_decay, dropout, steps):
     return len(lora.adapter_layers(unet)), median_ms(with_views, steps), median_ms(with_diffusers, steps)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="Steps to take the median of.")
+    parser.add_argument("--steps", type=int, default=20, help="Number of steps for the median.")
     steps = parser.parse_args().steps
     print("| LoRA of SDXL | layers | ms a step | with diffusers' methods |")
     print("| --- | --- | --- | --- |")

@@ -2,9 +2,10 @@
 
     python benchmarks/estimate.py
 
-Nothing is downloaded or allocated: the networks of SD 1.5 and SDXL are built without memory, and counted. Activations
-come on top; they depend on batch and resolution, and `--gradient_checkpointing` makes them small. An estimate, not a
-measurement. bitsandbytes' 8-bit states count as one byte each, mixed precision as two bytes a value.
+Nothing is downloaded or allocated: the networks of SD 1.5 and SDXL are built without memory, and their parameters are
+counted. Activations are not included; they depend on batch size and resolution, and `--gradient_checkpointing` makes
+them small. An estimate, not a measurement: bitsandbytes' 8-bit states count as one byte each, a value in mixed
+precision as two bytes.
 """
 
 import sys
@@ -34,12 +35,12 @@ SDXL = {
 }
 
 
-def count(network, trained_only=False):
+def count(network: torch.nn.Module, trained_only: bool = False) -> int:
     return sum(p.numel() for p in network.parameters() if p.requires_grad or not trained_only)
 
 
-def parameter_counts(is_sdxl, lora_rank=64):
-    """(U-Net, LoRA, text encoders and VAE): numbers of parameters."""
+def parameter_counts(is_sdxl: bool, lora_rank: int = 64) -> tuple[int, int, int]:
+    """Numbers of parameters: (U-Net, LoRA, text encoders and VAE)."""
     import diffusers
     import transformers
 
@@ -72,17 +73,17 @@ def parameter_counts(is_sdxl, lora_rank=64):
         return size, count(unet, trained_only=True), frozen
 
 
-def full_model_bytes(unet, frozen, teacher, adam):
+def full_model_bytes(unet: int, frozen: int, teacher: int, adam: int) -> int:
     """Teacher, student, its half-precision copy for the backward pass, gradients, moments, target, frozen parts."""
     return unet * (teacher + FLOAT + HALF + FLOAT + adam + FLOAT) + frozen * HALF
 
 
-def lora_bytes(unet, lora, frozen, adam):
+def lora_bytes(unet: int, lora: int, frozen: int, adam: int) -> int:
     """One U-Net, the LoRA, its half-precision copy, gradients, moments, frozen parts."""
     return unet * HALF + lora * (FLOAT + HALF + FLOAT + adam) + frozen * HALF
 
 
-def main():
+def main() -> None:
     print("| script, in fp16 or bf16 | U-Net | trained | with AdamW | with --use_8bit_adam |")
     print("| --- | --- | --- | --- | --- |")
     for name, is_sdxl in (("sd", False), ("sdxl", True)):

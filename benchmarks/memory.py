@@ -1,29 +1,29 @@
-"""Peak memory of the training scripts, each in a process of its own, on a random teacher in the shape of SD 1.5.
+"""Peak memory of the training scripts, each in its own process, on a random teacher with the architecture of SD 1.5.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --public path/to/diffusers/examples/consistency_distillation
 
-Makes a teacher with a U-Net of 210 M parameters and small shards in a temporary folder (TMPDIR says where; 4 GB), and
-trains a few steps with batch size 1 on small pictures, so that weights are nearly all there is in memory. Prints a
-table, in MB of 10^6 bytes. The full script takes 7 GB of memory. Linux only.
+Makes a teacher with a U-Net of 210 M parameters and small shards in a temporary folder (under TMPDIR; 4 GB), and
+trains a few steps with batch size 1 on small pictures, so that the weights take nearly all the memory. Prints a table,
+in MB of 10^6 bytes. The full script takes 7 GB of memory. Linux only.
 
-With `--public`, diffusers' scripts run with the same options. They need what is not among our requirements:
-torchvision, and webdataset 0.2.x (with 1.x they stop at the end of a shard). `--public_prefix` says what runs them
-where both are: the Python of another virtual environment, or a command that is followed by a script and its options
-and runs it in its own process.
+With `--public`, diffusers' scripts run with the same options. They need packages that are not in our requirements:
+torchvision, and webdataset 0.2.x (with 1.x they stop at the end of a shard). `--public_prefix` is the command that
+runs them: the Python of another virtual environment, or a command that runs, in its own process, the script that
+follows it.
 
-weights    what they should take, from the numbers of parameters. The full script holds 6 float32 copies of the U-Net:
-           teacher, student, target, gradients, two moments. A LoRA script holds 4 of the adapter: weights, gradients,
-           two moments. The text encoder, the VAE and activations are left out, being small here
-peak       `ru_maxrss` of the finished process: the most memory it had resident at one time, its data worker apart
-- imports  the same, less what a process that only imports the libraries had
+weights    the expected memory of the weights, from the numbers of parameters. The full script holds 6 float32 copies
+           of the U-Net: teacher, student, target, gradients, two moments. A LoRA script holds 4 of the adapter:
+           weights, gradients, two moments. The text encoder, the VAE and activations are small here, and left out
+peak       `ru_maxrss` of the finished process: the peak of its resident memory, without its data worker
+- imports  the same, minus the peak of a process that only imports the libraries
 start, steps, end
-           the peak before the first step, in the steps, and after (pictures, files): sampled every 20 ms, and told
-           apart by the progress bar
-files      how much of the peak was pages of mapped files, as is a model while it is loaded, and afterwards too if its
+           the peak before the first step, during the steps, and after them (pictures, files): sampled every 20 ms, and
+           separated by the progress bar
+files      the part of the peak in pages of mapped files. A model is mapped while it is loaded, and afterwards if its
            weights are neither cast nor written. A file that is loaded twice counts twice, as it would on a GPU, though
            a CPU's memory holds its pages once
-s / step   without the first step; for orientation only, for the machine may be busy
+s / step   without the first step; only a rough value, since the machine may be busy
 CUDA       on a GPU only: `torch.cuda.max_memory_allocated()`. The other columns are then the host's memory
 """
 
@@ -39,8 +39,9 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-# Nothing heavy is imported here: what this process has resident when it starts another one counts for that one too.
+# No heavy imports here: the resident memory of this process, when it starts another one, counts in that one's peak.
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"full": "train_lcm_distill_sd_wds.py", "LoRA": "train_lcm_distill_lora_sd_wds.py"}
@@ -52,7 +53,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextModel, CLIPTokenizer
 """
 
-# As sitecustomize.py on PYTHONPATH, this is run by Python itself, so that no script has to be changed.
+# Python runs this as sitecustomize.py on PYTHONPATH, so that no script has to be changed.
 CUDA_REPORT = """
 import atexit, sys
 
@@ -65,10 +66,10 @@ atexit.register(report)
 """
 
 
-def prepare(folder, channels, resolution):
+def prepare(folder: Path, channels: tuple[int, ...], resolution: int) -> None:
     """Write teacher and shards to `folder`, and the U-Net's number of parameters to the file `parameters`.
 
-    All but the U-Net is tiny. Texts have 77 tokens, which the public scripts take for granted.
+    All parts but the U-Net are tiny. Texts have 77 tokens, as the public scripts assume.
     """
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from conftest import DEMO_TEACHER, make_scheduler, make_vae, text_config, write_shards
@@ -98,8 +99,8 @@ def prepare(folder, channels, resolution):
     (folder / "parameters").write_text(str(unet.num_parameters()))
 
 
-def resident(pid):
-    """(bytes resident, bytes of these in mapped files) of a running process; None once it has ended."""
+def resident(pid: int) -> tuple[int, int] | None:
+    """(resident bytes, those in mapped files) of a running process; None if it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -108,19 +109,19 @@ def resident(pid):
     return (int(found["VmRSS"]) * 1024, int(found["RssFile"]) * 1024) if found else None
 
 
-def measure(command, env, steps):
-    """Run a command that trains that many steps, or does something else; returns its figures as a dict, in bytes."""
+def measure(command: list[Any], env: dict[str, str], steps: int) -> dict[str, Any]:
+    """Run a command that trains `steps` steps, or none; returns its measurements as a dict, memory in bytes."""
     process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     samples = []  # (time, bytes resident, bytes in files)
 
-    def sample():
+    def sample() -> None:
         while now := resident(process.pid):
             samples.append((time.perf_counter(), *now))
             time.sleep(0.02)
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    output, seen = "", {}  # seen: when the progress bar first showed so many finished steps
+    output, seen = "", {}  # seen: number of finished steps -> time when the progress bar first showed it
     while data := os.read(process.stdout.fileno(), 65536):
         output += data.decode(errors="replace")
         for step in re.findall(rf"Steps:.*?(\d+)/{steps} \[", output[-4096:]):
@@ -146,8 +147,8 @@ def measure(command, env, steps):
     }
 
 
-def expected_weights(kind, precision, is_public, unet, adapter):
-    """(in words, in bytes) what a script's weights should take; `unet` and `adapter` are numbers of parameters."""
+def expected_weights(kind: str, precision: str, is_public: bool, unet: int, adapter: int) -> tuple[str, int]:
+    """The expected weights of a script, (in words, in bytes); `unet` and `adapter` are numbers of parameters."""
     if kind == "full":
         return "6 U-Nets", 6 * 4 * unet
     if is_public:
@@ -157,9 +158,9 @@ def expected_weights(kind, precision, is_public, unet, adapter):
     return f"1 U-Net in {precision} + 4 adapters", 2 * unet + 4 * 4 * adapter
 
 
-def run_all(args, folder, env):
-    """The figures of all scripts, as a list of dicts: ours, then the public ones."""
-    unet, adapter, runs = int((folder / "parameters").read_text()), None, []
+def run_all(args: argparse.Namespace, folder: Path, env: dict[str, str]) -> list[dict[str, Any]]:
+    """The measurements of all scripts: ours, then the public ones."""
+    unet, adapter, runs = int((folder / "parameters").read_text()), 0, []
     kinds = [("full", "no"), ("LoRA", "no"), ("LoRA", "bf16")]
     todo = [(kind, precision, False) for kind, precision in kinds]
     todo += [(kind, precision, True) for kind, precision in kinds if args.public]
@@ -194,8 +195,8 @@ def run_all(args, folder, env):
     return runs
 
 
-def table(runs, imports):
-    """The figures as Markdown; `imports` are those of the process that only imports."""
+def table(runs: list[dict[str, Any]], imports: dict[str, Any]) -> str:
+    """The measurements as Markdown; `imports` are those of the process that only imports."""
     on_cuda = any(run["cuda"] for run in runs)
     sizes = ["MB", "peak", "- imports", "start", "steps", "end", "files"]
     lines = [["script", "precision", "weights", *sizes, "s / step"], ["---"] * 11]
@@ -211,7 +212,7 @@ def table(runs, imports):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     channels = "of the U-Net's levels, 64, 96, 128 ...; SD 1.5 has 320 640 1280 1280, 3.2 GB in float32"
@@ -220,7 +221,7 @@ def main():
     add("--steps", type=int, default=3, help="optimizer steps of each run, at least 2 (default: 3)")
     add("--lora_rank", type=int, default=64, help="(default: 64)")
     add("--public", metavar="FOLDER", help="diffusers' examples/consistency_distillation, to compare with")
-    add("--public_prefix", metavar="COMMAND", help="what runs a public script (default: this Python)")
+    add("--public_prefix", metavar="COMMAND", help="command that runs a public script (default: this Python)")
     args = parser.parse_args()
     if args.steps < 2:
         parser.error("--steps: at least 2")

@@ -1,14 +1,16 @@
 """How often each sample is used, for several numbers of shards and streams: python benchmarks/sample_uses.py
 
-A stream is a data worker of a process; all streams give equally many samples. The order is the training scripts' own;
-the shards are only counted, not read. A pass is as many samples as the shards hold, over all streams together.
+A stream is a data worker of a process; all streams yield the same number of samples. The order is that of the training
+scripts, but no shard is read. After a pass, all streams together have yielded as many samples as the shards hold.
 """
 
 import argparse
 import itertools
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,12 +27,12 @@ CASES = {  # name: sizes of the shards, streams
 }
 
 
-def samples(stream):
+def samples(stream: lcm_stream.Stream) -> Iterator[Any]:
     """The samples of one stream, without end, as (shard, number)."""
     return (sample for _, _, sample in stream.shuffled() if sample is not None)
 
 
-def uses(sizes, num_streams, num_passes, shuffle_buffer_size):
+def uses(sizes: list[int], num_streams: int, num_passes: int, shuffle_buffer_size: int) -> Iterator[Counter[Any]]:
     """Yield, after each of `num_passes` passes, a Counter of how often each sample was used."""
     lcm_stream.read_shard = lambda url, *_: ((int(url), i) for i in range(sizes[int(url)]))
     config = lcm_config.DataConfig(
@@ -49,7 +51,7 @@ def uses(sizes, num_streams, num_passes, shuffle_buffer_size):
         yield counts
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passes", type=int, nargs="+", default=[1, 4, 20])
     parser.add_argument("--shuffle_buffer_size", type=int, default=1000)

@@ -1,6 +1,6 @@
 """The peak memory of one data worker on pictures of 2 MB: python benchmarks/worker_memory.py
 
-Writes a shard of 1,100 such pictures (2.2 GB) to a temporary folder, and lets a worker go through two blocks of it.
+Writes a shard of 1,100 such pictures (2.2 GB) to a temporary folder; the worker then reads two blocks of it.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from lcm.data import config as lcm_config
 from lcm.data import loader
 
 
-def write_shard(path, count, size):
+def write_shard(path: str, count: int, size: int) -> None:
     """Write `count` JPEGs of noise, of about `size` bytes each, with captions."""
     pixels = np.random.default_rng(0).integers(0, 256, (1100, 1100, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
-    picture = buffer.getvalue()[:size].ljust(size, b"\0")  # a JPEG may be followed by anything
+    picture = buffer.getvalue()[:size].ljust(size, b"\0")  # readers ignore bytes after the end of a JPEG
     with tarfile.open(path, "w") as tar:
         for i in range(count):
             for suffix, data in (("jpg", picture), ("txt", b"noise")):
@@ -34,13 +34,13 @@ def write_shard(path, count, size):
                 tar.addfile(info, io.BytesIO(data))
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shuffle_buffer_size", type=int, default=1000)
     parser.add_argument("--shuffle_buffer_mb", type=float)
     parser.add_argument("--picture_bytes", type=int, default=2_000_000)
     args = parser.parse_args()
-    bound = {} if args.shuffle_buffer_mb is None else {"shuffle_buffer_mb": args.shuffle_buffer_mb}
+    limit = {} if args.shuffle_buffer_mb is None else {"shuffle_buffer_mb": args.shuffle_buffer_mb}
     with tempfile.TemporaryDirectory() as folder:
         shard = str(Path(folder, "large.tar"))
         write_shard(shard, 1100, args.picture_bytes)
@@ -51,7 +51,7 @@ def main():
             seed=0,
             shuffle_buffer_size=args.shuffle_buffer_size,
             num_workers=1,
-            **bound,
+            **limit,
         )
         batches = iter(loader.TrainingData(config))
         for _ in range(2 * args.shuffle_buffer_size // config.batch_size):

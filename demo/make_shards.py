@@ -1,7 +1,7 @@
 """Write the demo's WebDataset shards: 6,000 training pictures in six tar files, 1,188 held-out pictures in one.
 
-Every sample is KEY.png (a 4-bit palette PNG) and KEY.txt (its caption). The bytes are the same on every run, as long
-as NumPy and Pillow draw alike.
+Every sample is KEY.png (a 4-bit palette PNG) and KEY.txt (its caption). The bytes are the same on every run with the
+same versions of NumPy and Pillow.
 
     python demo/make_shards.py
 """
@@ -10,18 +10,20 @@ import argparse
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import digits
+import numpy as np
 from PIL import Image
 
 COPIES = 4  # renderings of each handwritten digit
 SHARD_SIZE = 1000
 
 
-def encode_png(shades, colour, background):
+def encode_png(shades: np.ndarray, colour: int, background: int) -> bytes:
     """Return a picture as PNG bytes; `shades` (32, 32) index the 16 colours from background to ink.
 
-    As a palette picture it takes 327 bytes on average, one tar block; an RGB picture takes 552, mostly two blocks.
+    A palette picture takes 327 bytes on average, one tar block; an RGB picture takes 552, mostly two blocks.
     """
     picture = Image.fromarray(shades, mode="P")
     picture.putpalette(digits.palette(colour, background).tobytes())
@@ -30,14 +32,14 @@ def encode_png(shades, colour, background):
     return buffer.getvalue()
 
 
-def add_file(shard, name, data):
+def add_file(shard: tarfile.TarFile, name: str, data: bytes) -> None:
     """Add bytes to a tar file; TarInfo's defaults (no owner, time 0) keep the archive the same on every run."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     shard.addfile(info, io.BytesIO(data))
 
 
-def write_shard(path, samples):
+def write_shard(path: Path, samples: list[Any]) -> None:
     """Write numbered (shades, indices) pairs to one tar file."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as shard:
         for number, (shades, (digit, colour, background)) in samples:
@@ -46,7 +48,7 @@ def write_shard(path, samples):
     print(f"{path}: {len(samples)} pictures, {path.stat().st_size / 2**20:.2f} MiB", flush=True)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "shards", help="Shard folder.")
     args = parser.parse_args()

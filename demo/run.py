@@ -1,13 +1,13 @@
-"""The demo: distil the built-in teacher with the very script that users run, then compare the two in one table.
+"""The demo: distil the built-in teacher with a training script, then compare teacher and student in one table.
 
-    python demo/run.py           # a whole U-Net
+    python demo/run.py           # a U-Net
     python demo/run.py --lora    # a LoRA
 
 1. `accelerate launch train_lcm_distill_sd_wds.py`, or `train_lcm_distill_lora_sd_wds.py`, on demo/teacher and
    demo/shards, with the options below. To distil a model of your own, change the two paths.
 2. Samples the teacher (50 steps, and its best samplers at 4, 2 and 1) and the student, the LoRA, or both if both are
-   in the output folder (4, 2 and 1), and measures: is what the caption asks for in the picture, how far are the
-   pictures from held-out ones, what do they cost.
+   in the output folder (4, 2 and 1), and measures the share of pictures that match their captions, the Frechet
+   distance to held-out pictures, and the seconds per picture.
 3. Writes `comparison.png`, `table.md` and `rows.json` to the output folder, and prints the table.
 
 Options that are not listed below go to the training script: `python demo/run.py --learning_rate 5e-4`.
@@ -21,19 +21,21 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.append(str(ROOT))
 
-# The teacher's strongest few-step samplers, of seven that were tried at guidance scales from 1 to 7 (demo/README.md).
-# Little guidance makes its pictures at 1 and 2 steps better, so both are given; the table takes the better one.
+# The teacher's best few-step samplers, of seven that were tried at guidance scales from 1 to 7 (demo/README.md). Its
+# pictures at 1 and 2 steps are better with a low guidance scale, so both scales are tried; the table has the better.
 GUIDANCE_SCALE = 3.0
 TEACHER_SAMPLERS = [(name, scale) for name in ("ddim-trailing", "dpm++") for scale in (GUIDANCE_SCALE, 1.5)]
 FEW_STEPS = (4, 2, 1)
-# For each student what it leaves in the output folder, and the guidance scale to sample with. A LoRA has learned its
-# guidance, and 1 adds none.
+# For each student its files in the output folder, and the guidance scale to sample with. A LoRA has learned its
+# guidance: 1 adds no more.
 STUDENTS = {
     "student": ("unet_target", GUIDANCE_SCALE),
     "LoRA": ("lora/pytorch_lora_weights.safetensors", 1.0),
@@ -47,7 +49,7 @@ SHOWN = (
 )
 
 
-def train(args):
+def train(args: argparse.Namespace) -> None:
     """Run the training script through `accelerate launch`; its progress bar shows in this terminal."""
     options = {
         "pretrained_teacher_model": HERE / "teacher",
@@ -72,7 +74,7 @@ def train(args):
             "learning_rate": 2e-3,
             "lora_rank": 16,
             "lora_alpha": 16,
-            "w_min": 2,  # a LoRA is not told w: one value, the guidance scale - 1
+            "w_min": 2,  # a LoRA has no input for w, so it learns one value, the guidance scale - 1
             "w_max": 2,
         }
     else:
@@ -95,9 +97,9 @@ def train(args):
 
 
 class Bench:
-    """Samples networks on the same captions from the same noise, and measures what they give."""
+    """Samples networks on the same captions from the same noise, and measures the pictures."""
 
-    def __init__(self, args):
+    def __init__(self, args: argparse.Namespace):
         import diffusers
         import evaluate
         import transformers
@@ -107,10 +109,10 @@ class Bench:
         self.args, self.evaluate = args, evaluate
         self.captions = evaluate.choose_captions(args.num_images, args.seed)
 
-    def load(self, network, sampler):
-        """The pipeline that samples a network, put together as users do it."""
+    def load(self, network: str, sampler: str) -> Any:
+        """The pipeline that samples a network, built as users do it."""
         if network == "teacher":
-            return self.evaluate.load_pipeline(HERE / "teacher", scheduler=sampler)
+            return self.evaluate.load_pipeline(HERE / "teacher", sampler=sampler)
         from diffusers import LCMScheduler
 
         folder = Path(self.args.output_dir)
@@ -123,7 +125,7 @@ class Bench:
         pipeline.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
         return pipeline
 
-    def row(self, network, steps, sampler, guidance_scale=GUIDANCE_SCALE):
+    def row(self, network: str, steps: int, sampler: str, guidance_scale: float = GUIDANCE_SCALE) -> dict[str, Any]:
         """One row of the table, as a dict; `pictures` are the sampled ones (N, 3, H, W) uint8."""
         pipeline = self.load(network, sampler)
         pictures, seconds = self.evaluate.sample(pipeline, self.captions, steps, guidance_scale, self.args.seed)
@@ -148,8 +150,8 @@ class Bench:
         }
 
 
-def compare(args, students):
-    """All rows: the teacher at 50 steps, every teacher sampler and the students at few steps."""
+def compare(args: argparse.Namespace, students: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """(captions, all rows): the teacher at 50 steps, every teacher sampler and the students at few steps."""
     bench = Bench(args)
     rows = [bench.row("teacher", 50, "ddim")]
     rows += [bench.row("teacher", steps, *sampler) for steps in FEW_STEPS for sampler in TEACHER_SAMPLERS]
@@ -157,9 +159,9 @@ def compare(args, students):
     return bench.captions, rows
 
 
-def best_rows(rows, strongest_only=False):
-    """The rows to show: at few steps, the teacher's sampler that gets most right at the students' guidance scale
-    (unless `strongest_only`), the one that gets most right at any, and the students."""
+def best_rows(rows: list[dict[str, Any]], best_only: bool = False) -> list[dict[str, Any]]:
+    """The rows to show: for each number of few steps, the teacher's most accurate sampler at the students' guidance
+    scale (unless `best_only`), its most accurate sampler at any scale, and the students."""
     shown = [rows[0]]
     for steps in FEW_STEPS:
         candidates = [r for r in rows if r["network"] == "teacher" and r["steps"] == steps]
@@ -167,11 +169,11 @@ def best_rows(rows, strongest_only=False):
         same_guidance = [r for r in candidates if r["guidance"] == GUIDANCE_SCALE]
         best_at_same = max(same_guidance, key=lambda r: (r["all"], -r["distance"]))
         students = [r for r in rows if r["network"] != "teacher" and r["steps"] == steps]
-        shown += [*([] if strongest_only or best_at_same is best else [best_at_same]), best, *students]
+        shown += [*([] if best_only or best_at_same is best else [best_at_same]), best, *students]
     return shown
 
 
-def as_markdown(rows):
+def as_markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
         "| steps | network | sampler | guidance | digit | colour | all right | Frechet distance | s / image |",
@@ -185,7 +187,7 @@ def as_markdown(rows):
     return "\n".join(lines)
 
 
-def draw(captions, rows, path):
+def draw(captions: list[str], rows: list[dict[str, Any]], path: Path) -> None:
     """One picture: a column for each row of the table, a row for each of a few captions."""
     from PIL import Image
 
@@ -201,7 +203,7 @@ def draw(captions, rows, path):
     picture_grid(pictures, SHOWN, labels, cell_size=96, group_gap=starts).save(path)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -210,13 +212,13 @@ def main(argv=None):
     parser.add_argument("--max_train_steps", type=int, default=700, help="optimizer steps (default: 700)")
     parser.add_argument("--num_images", type=int, default=500, help="pictures a row of the table (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of training and sampling (default: 0)")
-    parser.add_argument("--only_compare", action="store_true", help="do not train; sample what --output_dir holds")
+    parser.add_argument("--only_compare", action="store_true", help="do not train; sample what is in --output_dir")
     args, args.more = parser.parse_known_args(argv)
     args.output_dir = os.path.abspath(args.output_dir)
     if args.num_images < 100:
         parser.error("--num_images: at least 100, one for each caption")
 
-    # Idle threads that spin make a busy machine many times slower.
+    # Idle threads that busy-wait slow down a busy machine many times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -233,7 +235,7 @@ def main(argv=None):
     captions, rows = compare(args, students)
     shown = best_rows(rows)
     # With two students, two columns of the teacher as well would make the picture too wide.
-    draw(captions, best_rows(rows, strongest_only=len(students) > 1), folder / "comparison.png")
+    draw(captions, best_rows(rows, best_only=len(students) > 1), folder / "comparison.png")
     (folder / "table.md").write_text(as_markdown(rows) + "\n")
     numbers = [{name: value for name, value in row.items() if name != "pictures"} for row in rows]
     (folder / "rows.json").write_text(json.dumps(numbers, indent=1))

@@ -94,7 +94,7 @@ class Session:
 
     def end_step(self) -> None:
         """What follows an optimizer step: learning rate, metrics, and at times a checkpoint and pictures."""
-        learning_rate = self.lr_scheduler.get_last_lr()[0]
+        learning_rate = float(self.lr_scheduler.get_last_lr()[0])
         if self.step_was_taken:
             self.lr_scheduler.step()
         self.step += 1

@@ -1,20 +1,21 @@
-"""Files and folders that are complete or absent, whenever a run is killed."""
+"""Files and folders that are either complete or absent, even if a run is killed."""
 
 import contextlib
 import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 
 UMASK = os.umask(0)
-os.umask(UMASK)  # it can only be read by setting it
-PARTIAL = ".partial"  # ends the name of a folder that is still being written, or removed
-EXPORT = "export"  # begins the name of the folder in which the results are written before they take their places
+os.umask(UMASK)  # the umask can only be read by setting it
+PARTIAL = ".partial"  # the suffix of a folder that is still being written or removed
+EXPORT = "export"  # EXPORT + PARTIAL is the folder in which results are written before they are moved
 
 
-def sync_to_disk(path):
-    """Flush one file, or the entries of one folder; a file gets the permissions that new files have here.
+def sync_to_disk(path: str) -> None:
+    """Flush one file, or the entries of one folder, to disk; a file gets the default permissions of new files.
 
-    safetensors makes files that nobody but their owner can read.
+    safetensors creates files that only their owner can read.
     """
     if os.path.isfile(path):
         os.chmod(path, 0o666 & ~UMASK)
@@ -25,8 +26,8 @@ def sync_to_disk(path):
         os.close(descriptor)
 
 
-def publish(partial, path):
-    """Flush the complete folder or file `partial`, and give it the name `path` in place of what bore it."""
+def publish(partial: str, path: str) -> None:
+    """Flush `partial`, a file or folder, to disk, then rename it to `path`, replacing what is there."""
     for parent, _, names in os.walk(partial):
         for name in (*names, ""):
             sync_to_disk(os.path.join(parent, name))
@@ -41,21 +42,21 @@ def publish(partial, path):
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def remove_folder(path):
-    """Remove a folder so that a half-removed one never bears its name."""
+def remove_folder(path: str) -> None:
+    """Remove a folder; it is renamed first, so that a half-removed folder never has this name."""
     os.rename(path, path + PARTIAL)
     shutil.rmtree(path + PARTIAL)
 
 
-def remove_leftovers(output_dir, names):
-    """Remove the unfinished folders of a run that was killed; put back one that was just being replaced.
+def remove_leftovers(output_dir: str, names: Iterable[str]) -> None:
+    """Remove the unfinished folders of a run that was killed; restore a folder that was being replaced.
 
-    Only checkpoints, folders called one of `names`, and what `whole_entries` made are ours to touch.
+    Touches only checkpoints, folders named in `names`, and the folders of `whole_entries`.
     """
     ours = re.compile(rf"(checkpoint-\d+|{EXPORT}|{'|'.join(map(re.escape, names))})(\.old)?{re.escape(PARTIAL)}")
     for name in os.listdir(output_dir):
         match, path = ours.fullmatch(name), os.path.join(output_dir, name)
-        if not os.path.isdir(path):  # all that is ours are folders
+        if not os.path.isdir(path):  # a training script leaves only folders
             continue
         if match and match[2] and not os.path.exists(os.path.join(output_dir, match[1])):
             os.rename(path, os.path.join(output_dir, match[1]))
@@ -64,8 +65,8 @@ def remove_leftovers(output_dir, names):
 
 
 @contextlib.contextmanager
-def whole_entries(output_dir):
-    """Yield a folder to write into; each file and folder in it moves to `output_dir` if the block ends well."""
+def whole_entries(output_dir: str) -> Iterator[str]:
+    """Yield a folder to write into; if the block ends without an error, its files and folders move to `output_dir`."""
     folder = os.path.join(output_dir, EXPORT + PARTIAL)
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)

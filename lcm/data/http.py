@@ -1,29 +1,32 @@
-"""A shard behind http(s)://, read in order; where a connection breaks or stalls it is opened anew at the same byte."""
+"""A shard behind http(s)://, read in order; if the connection breaks or stalls, it is reopened at the same byte."""
 
 import base64
 import http.client
 import io
 import logging
 import time
+import urllib.error
+import urllib.parse
 import urllib.request
+from typing import Any
 
 from lcm.secrets import redact
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 60  # seconds without a byte, after which the connection is opened anew
-WAITS = (1, 2, 4, 8, 16)  # seconds before each new try; a byte that arrives makes the count start anew
-PASSING = {408, 425, 429, 500, 502, 503, 504}  # statuses that may be better a moment later
+TIMEOUT = 60  # seconds without a byte, after which the connection is reopened
+WAITS = (1, 2, 4, 8, 16)  # seconds before each retry; a received byte resets the count
+TEMPORARY = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses after which a retry may succeed
 
 
-def split_login(url):
-    """(`url` without user and password, the header `Authorization` that stands for them, None if there are none).
+def split_login(url: str) -> tuple[str, str | None]:
+    """(`url` without user and password, the `Authorization` header made of them, or None without a user).
 
-    Raises OSError for what is no address.
+    Raises OSError if `url` is malformed.
     """
     try:
         parts = urllib.parse.urlsplit(url)
-    except ValueError:  # whose message may have the password in it
+    except ValueError:  # its message may contain the password
         raise OSError("the address is malformed") from None
     login, at, host = parts.netloc.rpartition("@")
     if not at:
@@ -36,22 +39,25 @@ def split_login(url):
 class HttpFile(io.RawIOBase):
     """The body of `url` as a stream of bytes.
 
-    Reading raises OSError once all tries are used up, or at once for a status that will not change, such as 404.
-    `timeout` seconds without a byte, but at most TIMEOUT, end a try.
+    Reading raises OSError after the last retry, or at once for a permanent status such as 404. A try ends after
+    `timeout` seconds without a byte, but at most TIMEOUT.
     """
 
-    def __init__(self, url, timeout=TIMEOUT):
-        self.url, self.login, self.timeout = *split_login(url), min(timeout, TIMEOUT)
-        self.offset, self.length, self.tries, self.response = 0, None, 0, None
+    def __init__(self, url: str, timeout: float = TIMEOUT):
+        self.url, self.login = split_login(url)
+        self.timeout = min(timeout, TIMEOUT)
+        self.offset, self.tries = 0, 0
+        self.length: int | None = None
+        self.response: Any = None
 
-    def readable(self):
+    def readable(self) -> bool:
         return True
 
-    def open_at_offset(self):
-        """Ask for the body from `offset` on. A server without ranges sends all of it; what was read is passed over."""
+    def open_at_offset(self) -> None:
+        """Request the body from `offset` on. A server without ranges sends all of it; its start is discarded."""
         request = urllib.request.Request(self.url, headers={"User-Agent": "lcm-distill"})
         if self.login:
-            request.add_unredirected_header("Authorization", self.login)  # not for a host that it is sent on to
+            request.add_unredirected_header("Authorization", self.login)  # not sent to another host after a redirect
         if self.offset:
             request.add_header("Range", f"bytes={self.offset}-")
         response = urllib.request.urlopen(request, timeout=self.timeout)
@@ -63,16 +69,16 @@ class HttpFile(io.RawIOBase):
                     raise OSError(f"the file changed while it was read: {self.length} bytes, then {length}")
                 self.length = length
             while start < self.offset:
-                passed = len(response.read(min(1 << 20, self.offset - start)))
-                if not passed:
+                discarded = len(response.read(min(1 << 20, self.offset - start)))
+                if not discarded:
                     raise http.client.IncompleteRead(b"")
-                start += passed
+                start += discarded
         except BaseException:
             response.close()
             raise
         self.response = response
 
-    def readinto(self, buffer):
+    def readinto(self, buffer: Any) -> int:
         while True:
             try:
                 if self.response is None:
@@ -82,23 +88,23 @@ class HttpFile(io.RawIOBase):
                     raise http.client.IncompleteRead(b"", self.length - self.offset)
             except (OSError, http.client.HTTPException) as error:
                 self.close_response()
-                lasting = isinstance(error, urllib.error.HTTPError) and error.code not in PASSING
-                if lasting or self.tries == len(WAITS):
+                is_permanent = isinstance(error, urllib.error.HTTPError) and error.code not in TEMPORARY
+                if is_permanent or self.tries == len(WAITS):
                     raise OSError(f"{type(error).__name__}: {error}") from None
                 time.sleep(WAITS[self.tries])
                 self.tries += 1
             else:
                 if self.tries and count:
-                    logger.info("%s: went on at byte %d", redact(self.url), self.offset)
+                    logger.info("%s: resumed at byte %d", redact(self.url), self.offset)
                     self.tries = 0
                 self.offset += count
                 return count
 
-    def close_response(self):
+    def close_response(self) -> None:
         if self.response is not None:
             self.response.close()
             self.response = None
 
-    def close(self):
+    def close(self) -> None:
         self.close_response()
         super().close()

@@ -1,21 +1,25 @@
-"""The batches of one process, from its streams: an endless iterator that can be resumed exactly."""
+"""The batches of one process, from its streams: an endless iterator with an exact resume."""
 
 import logging
 import multiprocessing
 import os
 import signal
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
+from multiprocessing.synchronize import Event
+from typing import Any
 
 import psutil
 import torch
 from accelerate.utils import gather_object
 
 from lcm.data.commands import end_children
-from lcm.data.config import BATCHES_AHEAD
-from lcm.data.order import ORDER_VERSION, Position, shard_parts
-from lcm.data.stream import Stream
+from lcm.data.config import BATCHES_AHEAD, DataConfig
+from lcm.data.order import ORDER_VERSION, Part, Position, shard_parts
+from lcm.data.shards import Problem
+from lcm.data.stream import Item, Stream
 from lcm.data.tally import Tally, describe
 from lcm.errors import UserError, first_line
 from lcm.options.choices import CAPTION_SUFFIXES, PICTURE_FORMATS
@@ -23,19 +27,19 @@ from lcm.secrets import redact
 
 logger = logging.getLogger(__name__)
 
-MAX_DEATHS_IN_A_ROW = 3  # of data workers, without a batch in between
+MAX_DEATHS_IN_A_ROW = 3  # crashes of data workers without a batch in between
 
 
-def ignore_stop_signals(closing, worker):
+def ignore_stop_signals(closing: Event, worker: int) -> None:
     """Leave SIGTERM and SIGINT, which a terminal or SLURM sends to all processes of a run, to the training process.
 
-    Once `closing` is set a SIGTERM comes from torch, to a worker that still waits for a shard.
+    After `closing` is set, a SIGTERM comes from torch, for a worker that still waits for a shard.
     """
 
-    def terminate(*_):
+    def terminate(*_: Any) -> None:
         if closing.is_set():
             end_children(psutil.Process())
-            os._exit(0)  # at once: a lock may be held by a worker that was killed
+            os._exit(0)  # without clean-up: a killed worker may hold a lock
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, terminate)
@@ -44,31 +48,31 @@ def ignore_stop_signals(closing, worker):
 class Streams(torch.utils.data.IterableDataset):
     """The dataset of one process: worker w iterates over stream (w + first) mod the number of workers."""
 
-    def __init__(self, config, positions, empty_passes, first):
+    def __init__(self, config: DataConfig, positions: list[Position], empty_passes: list[int], first: int):
         self.config, self.positions, self.empty_passes, self.first = config, positions, empty_passes, first
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Item]:
         worker = torch.utils.data.get_worker_info()
         index = ((worker.id if worker else 0) + self.first) % self.config.streams_per_process
         return iter(Stream(self.config, index, self.positions[index], self.empty_passes[index]))
 
 
 class TrainingData:
-    """An endless iterator over the batches of one process; `state_dict` is its place and its tally of skips.
+    """An endless iterator over the batches of one process; `state_dict` holds its position and its tally.
 
     A batch is a dict: `pixels` (B, 3, H, W) float32 in [-1, 1] on `device`, `captions` a list of B strings,
     `original_sizes` (height, width) and `crops` (top, left), both (B, 2) int64 pixels.
-    Raises UserError when a whole pass over the shards gave nothing that can be trained on.
+    Raises UserError after a complete pass over the shards without a usable sample.
     """
 
-    def __init__(self, config, device="cpu"):
+    def __init__(self, config: DataConfig, device: torch.device | str = "cpu"):
         self.config, self.device = config, device
         self.positions = [Position()] * config.streams_per_process
         self.empty_passes = [0] * config.streams_per_process
         self.next_stream = 0
         self.tally = Tally()
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {
             "order": ORDER_VERSION,
             "positions": [asdict(position) for position in self.positions],
@@ -79,9 +83,9 @@ class TrainingData:
             "skipped": dict(self.tally.skipped),
         }
 
-    def load_state_dict(self, state):
-        """Continue from `state`. Raises UserError if it was saved with another number of workers, and any error if it
-        is not what `state_dict` gave."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from `state`. Raises UserError if it was saved with another number of workers, and any error if it is
+        not a result of `state_dict`."""
         if len(state["positions"]) != self.config.streams_per_process:
             raise UserError(
                 f"--dataloader_num_workers: the checkpoint was saved with {len(state['positions'])} data streams a "
@@ -95,18 +99,18 @@ class TrainingData:
         counts = (self.tally.used, self.tally.unscored, *self.tally.skipped.values())
         for number in (*places, *self.empty_passes, self.next_stream, *counts):
             if type(number) is not int or number < 0:
-                raise ValueError(f"{number!r} is no place in the data")
+                raise ValueError(f"{number!r} is not a position in the data")
         if state.get("order", 1) != ORDER_VERSION:
             logger.warning(
-                "--resume_from_checkpoint: saved by a version that dealt out the shards in another order; the data "
-                "goes on from here in the new one, so that this is not the run that it would have been, bit for bit"
+                "--resume_from_checkpoint: saved by a version that dealt out the shards in another order; from here "
+                "on the data is in the new order, so the results differ from those of an uninterrupted run"
             )
 
-    def start_new_cycle(self, states):
-        """Begin a new pass over all shards, in an order that was not used before, for a run that goes on with another
-        number of workers or processes.
+    def start_new_cycle(self, states: list[dict[str, Any]]) -> None:
+        """Begin a new pass over all shards, in an order that was not used before: for a resume with another number of
+        workers or processes.
 
-        `states` are those of all processes of the checkpoint; their tallies go to the first process.
+        `states` has the state of every process of the checkpoint; the first process takes over their tallies.
         """
         passes = 1 + max(position["pass_index"] for state in states for position in state["positions"])
         self.positions = [Position(passes * self.config.num_streams)] * self.config.streams_per_process
@@ -114,21 +118,21 @@ class TrainingData:
             tallies = [Tally(s["num_used"], s.get("num_unscored", 0), Counter(s["skipped"])) for s in states]
             self.tally = sum(tallies, Tally())
 
-    def totals(self):
-        """The Tally over all processes, which all must call this."""
+    def totals(self) -> Tally:
+        """The sum of the tallies of all processes; all of them must call this."""
         return sum(gather_object([self.tally]), Tally())
 
-    def note_problems(self, problems):
-        """Count what was skipped, and log the first of each kind in full."""
+    def note_problems(self, problems: Iterable[Problem]) -> None:
+        """Count the problems, and log the first one for each reason with its details."""
         for problem in problems:
             self.tally.skipped[problem.reason] += 1
             if self.tally.skipped[problem.reason] == 1:
-                logger.warning("Skipped: %s (%s). Further ones are counted.", problem.reason, redact(problem.detail))
+                logger.warning("Skipped: %s (%s). More are only counted.", problem.reason, redact(problem.detail))
 
-    def items(self):
-        """What the streams give, without end. Where a data worker dies all are started anew from the same place.
+    def items(self) -> Iterator[Item]:
+        """The items of the streams, without end. If a data worker dies, all are restarted at the same position.
 
-        Raises UserError if workers die again and again, or run out of memory.
+        Raises UserError if workers die MAX_DEATHS_IN_A_ROW times in a row, or run out of memory.
         """
         advice = "fewer --dataloader_num_workers, or a smaller --shuffle_buffer_mb, take less memory"
         deaths = 0
@@ -138,7 +142,7 @@ class TrainingData:
                     yield item
                     deaths = 0
             except MemoryError as error:
-                raise UserError(f"--shuffle_buffer_mb: out of memory while data was read; {advice}") from error
+                raise UserError(f"--shuffle_buffer_mb: out of memory while reading data; {advice}") from error
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader worker (pid"):
                     raise
@@ -148,10 +152,10 @@ class TrainingData:
                         f"--dataloader_num_workers: data workers died {deaths} times in a row ({first_line(error)}); "
                         f"if the machine ran out of memory: {advice}"
                     ) from error
-                logger.warning("--dataloader_num_workers: %s; starting all of them anew", first_line(error))
+                logger.warning("--dataloader_num_workers: %s; restarting all of them", first_line(error))
 
-    def load(self):
-        """Yield the items of one DataLoader, which starts at `positions`."""
+    def load(self) -> Iterator[Item]:
+        """Yield the items of one DataLoader that starts at `positions`."""
         closing = multiprocessing.Event()
         loader = torch.utils.data.DataLoader(
             Streams(self.config, self.positions, self.empty_passes, self.next_stream),
@@ -159,23 +163,23 @@ class TrainingData:
             num_workers=self.config.num_workers,
             prefetch_factor=BATCHES_AHEAD if self.config.num_workers else None,
             pin_memory=torch.device(self.device).type == "cuda",
-            generator=torch.Generator(),  # the loader's own draw must not move the global generator
+            generator=torch.Generator(),  # so that the loader's draw of a seed does not advance the global generator
             worker_init_fn=partial(ignore_stop_signals, closing),
         )
         handler = signal.getsignal(signal.SIGCHLD)
         items = iter(loader)
         if signal.getsignal(signal.SIGCHLD) is not handler:
-            # torch's handler raises in the middle of a training step. Without it a death shows where a batch is asked
-            # for, at most 5 s later.
+            # torch's handler raises in the middle of a training step. Without it, the request for the next batch
+            # raises, at most 5 s later.
             signal.signal(signal.SIGCHLD, handler)
         try:
             yield from items
         finally:
             closing.set()
 
-    def __iter__(self):
-        everything = set(shard_parts(self.config))
-        without_use = set()
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        all_parts = set(shard_parts(self.config))
+        unusable_parts: set[Part] = set()
         for item in self.items():
             self.positions[item.stream] = item.position
             self.empty_passes[item.stream] = item.empty_passes
@@ -183,12 +187,12 @@ class TrainingData:
             self.tally += item.tally
             self.note_problems(item.problems)
             if item.tally.used:
-                without_use.clear()
+                unusable_parts.clear()
             if item.batch is None:
-                without_use.update(item.empty_share)
-                if without_use >= everything:
+                unusable_parts.update(item.empty_share)
+                if unusable_parts >= all_parts:
                     raise UserError(
-                        "--train_shards_path_or_url: a whole pass over the shards gave no usable sample. "
+                        "--train_shards_path_or_url: no usable sample in a complete pass over the shards. "
                         f"Skipped: {describe(self.tally.skipped)}. A sample needs a picture "
                         f"({', '.join(PICTURE_FORMATS)}) and a caption ({', '.join(CAPTION_SUFFIXES)}, or "
                         "--caption_key in its JSON), and must pass the filters"

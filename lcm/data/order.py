@@ -4,36 +4,39 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ORDER_VERSION = 2  # of the rules by which a Position stands for a place; 1 is that of checkpoints without a number
+from lcm.data.config import DataConfig
+
+ORDER_VERSION = 2  # which sample a Position means; checkpoints without a version number have version 1
+Part = tuple[str, int, int]  # (shard, part, num_parts): of the shard, the samples i with i % num_parts == part
 
 
 @dataclass(frozen=True)
 class Position:
-    """The start of a stream's current block, and how many of the block's samples were taken."""
+    """The start of a stream's current block, and how many samples of the block were taken."""
 
-    pass_index: int = 0  # how often the stream went through its shards
+    pass_index: int = 0  # how many shares the stream has finished
     shard_index: int = 0  # within the stream's share of this pass
-    member_index: int = 0  # the block's first sample, counted in its shard
+    member_index: int = 0  # of the block's first sample, within its shard
     block_index: int = 0  # within this pass
     taken: int = 0
 
 
-def shard_parts(config):
-    """What is dealt out among the streams, as a list of (shard, part, num_parts): every `num_parts`-th of its samples.
+def shard_parts(config: DataConfig) -> list[Part]:
+    """The parts that are dealt out among the streams.
 
-    These are the shards, unless there are fewer of them than streams: then each is split into equally many parts.
+    Each shard is one part. If there are fewer shards than streams, every shard is split into the same number of parts.
     """
     num_parts = -(-config.num_streams // len(config.shards))
     return [(shard, part, num_parts) for shard in config.shards for part in range(num_parts)]
 
 
-def shard_order(config, stream, pass_index):
-    """This stream's share of one pass, as a list of (shard, part, num_parts) in the order of reading.
+def shard_order(config: DataConfig, stream: int, pass_index: int) -> list[Part]:
+    """This stream's share of one pass, in the order of reading.
 
-    All streams shuffle the parts alike and cut them into shares, one for each. Where a stream has gone through its
-    share it takes the next one's, without waiting for it. So after `num_streams` shares each stream has used every
-    sample exactly once, whatever the sizes of the shards; then the parts are shuffled anew. In between the uses of two
-    samples differ by 1 or 2 where shares are of about the same size, and never by more than `num_streams`.
+    All streams shuffle the parts in the same way and cut them into shares, one for each stream. After its own share a
+    stream takes the next stream's share, without waiting for that stream. After `num_streams` shares each stream has
+    used every sample exactly once, whatever the sizes of the shards; then the parts are shuffled again. Until then the
+    numbers of uses of two samples differ by 1 or 2 for shares of similar size, and never by more than `num_streams`.
     """
     parts = shard_parts(config)
     round_index, turn = divmod(pass_index, config.num_streams)

@@ -5,23 +5,24 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
+from lcm.data.config import DataConfig
 from lcm.options.choices import INTERPOLATIONS, PICTURE_FORMATS
 
-MAX_ASPECT_RATIO = 16  # resizing a thinner picture to the resolution would take gigabytes
+MAX_ASPECT_RATIO = 16  # a thinner picture would take gigabytes when it is resized
 
 
 class Unusable(Exception):
-    """Raised while a sample is decoded; carries the reason under which it is counted."""
+    """Raised for a sample that cannot be used: Unusable(reason, detail). Samples are counted by reason."""
 
 
-def open_image(data):
-    """Decode a picture as 8-bit RGB: upright after EXIF, 16-bit greys scaled, transparency over white.
+def open_image(data: bytes) -> Image.Image:
+    """Decode a picture as 8-bit RGB: rotated as EXIF says, 16-bit greys scaled to 8 bits, transparency over white.
 
-    Raises Unusable for anything that is not one whole picture, and for what Pillow holds for a decompression bomb;
-    MemoryError is no fault of the picture's, and is raised.
+    Raises Unusable for anything but one complete picture, and for a decompression bomb (by Pillow's limit). A
+    MemoryError is not the picture's fault, and is passed on.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=sorted({*PICTURE_FORMATS.values()}))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=sorted({*PICTURE_FORMATS.values()}))
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise Unusable("picture too thin", f"{image.width} x {image.height}")
         image.load()
@@ -40,20 +41,20 @@ def open_image(data):
         raise Unusable("picture unreadable", str(error) or type(error).__name__) from None
 
 
-def transform(image, config, rng):
-    """Resize the shorter side to the resolution, crop a square, perhaps mirror it.
+def transform(image: Image.Image, config: DataConfig, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, int]]:
+    """Resize the shorter side to the resolution, crop a square, mirror it or not.
 
-    Returns ((3, H, W) uint8 array, (crop top, crop left)), the crop in pixels of the picture as resized and mirrored.
+    Returns ((3, H, W) uint8 array, (crop top, crop left)), the crop in pixels of the resized and mirrored picture.
     """
     resolution, shorter = config.resolution, min(image.size)
-    width, height = (int(resolution * side / shorter) for side in image.size)  # rounded as torchvision's `resize`
+    width, height = (int(resolution * side / shorter) for side in image.size)  # rounded as in torchvision's `resize`
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling[INTERPOLATIONS[config.interpolation_type]])
     if config.center_crop:
         left, top = (width - resolution) // 2, (height - resolution) // 2
     else:
-        left, top = rng.integers(width - resolution + 1), rng.integers(height - resolution + 1)
+        left, top = int(rng.integers(width - resolution + 1)), int(rng.integers(height - resolution + 1))
     image = image.crop((left, top, left + resolution, top + resolution))
     if config.random_flip and rng.random() < 0.5:
         image, left = ImageOps.mirror(image), width - resolution - left
-    return np.asarray(image).transpose(2, 0, 1), (int(top), int(left))
+    return np.asarray(image).transpose(2, 0, 1), (top, left)

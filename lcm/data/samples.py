@@ -1,20 +1,25 @@
-"""From a sample's bytes to what one row of a batch needs: picture, caption, JSON, filters.
+"""From the bytes of a sample to one row of a batch: picture, caption, JSON, filters.
 
-What cannot be used raises `Unusable`, and is counted.
+A sample that cannot be used raises `Unusable`, and is counted.
 """
 
 import json
+from typing import Any
 
 import numpy as np
 import torch
 
+from lcm.data.config import DataConfig
 from lcm.data.pictures import Unusable, open_image, transform
-from lcm.data.shards import TooLarge
+from lcm.data.shards import Sample, TooLarge
 from lcm.options.choices import CAPTION_SUFFIXES, PICTURE_FORMATS
 
 
-def read_caption(sample, info, caption_key, rng):
-    """The sample's caption: its text file, else `caption_key` of the JSON (one of them, if that is a list)."""
+def read_caption(sample: Sample, info: dict[str, Any], caption_key: str, rng: np.random.Generator) -> str:
+    """The sample's caption: its text file, else `caption_key` of the JSON (a random one, if that is a list).
+
+    Raises Unusable.
+    """
     for suffix in CAPTION_SUFFIXES:
         if sample.get(suffix) is not None:
             try:
@@ -28,13 +33,13 @@ def read_caption(sample, info, caption_key, rng):
         raise Unusable("no caption", f"no .txt, .text, .caption, and no text under {caption_key!r} in a .json")
     try:
         caption.encode("utf-8")
-    except UnicodeEncodeError as error:  # half a surrogate pair, of a caption that was cut: no tokenizer takes it
+    except UnicodeEncodeError as error:  # half of a surrogate pair, at the end of a caption that was cut
         raise Unusable("caption is not UTF-8", str(error)) from None
     return caption.strip()
 
 
-def read_json(sample):
-    """The sample's JSON object, {} if it has none."""
+def read_json(sample: Sample) -> dict[str, Any]:
+    """The sample's JSON object, {} without one. Raises Unusable."""
     if sample.get("json") is None:
         return {}
     try:
@@ -42,23 +47,23 @@ def read_json(sample):
     except (ValueError, RecursionError) as error:
         raise Unusable("JSON unreadable", str(error)) from None
     if not isinstance(info, dict):
-        raise Unusable("JSON unreadable", f"it holds a {type(info).__name__}, not an object")
+        raise Unusable("JSON unreadable", f"it is a {type(info).__name__}, not an object")
     return info
 
 
-def json_number(info, key):
-    """A number below 2^31 in size under `key`, else Unusable."""
+def json_number(info: dict[str, Any], key: str) -> int | float:
+    """The number under `key`. Raises Unusable unless its magnitude is below 2^31."""
     value = info.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 2**31:
         raise Unusable("JSON lacks a number", f"{key!r} is {value!r:.40}")
     return value
 
 
-def decode_sample(sample, config, rng):
-    """Turn a sample's bytes into what one row of a batch needs. Raises Unusable.
+def decode_sample(sample: Sample, config: DataConfig, rng: np.random.Generator) -> dict[str, Any]:
+    """Turn the bytes of a sample into one row of a batch. Raises Unusable.
 
     Returns a dict: `pixels` (3, H, W) uint8, `caption` str, `original_size` (height, width) and `crop` (top, left) in
-    pixels, and `unscored`: whether the filter on watermarks let it through because its JSON has no `pwatermark`.
+    pixels, and `unscored`: whether it passed the watermark filter only because its JSON has no `pwatermark`.
     """
     for name, data in sample.items():
         if isinstance(data, TooLarge):
@@ -92,8 +97,9 @@ def decode_sample(sample, config, rng):
     }
 
 
-def collate(rows):
-    """Join decoded samples into a batch of tensors and lists; sizes and crops are (B, 2) int64."""
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join B rows of `decode_sample` into a batch: `pixels` (B, 3, H, W) uint8, `captions` a list of B strings,
+    `original_sizes` and `crops` (B, 2) int64."""
     return {
         "pixels": torch.from_numpy(np.stack([row["pixels"] for row in rows])),
         "captions": [row["caption"] for row in rows],

@@ -1,7 +1,7 @@
-"""From the address of a shard to samples as bytes: tar members in order, and what cannot be read.
+"""From the address of a shard to samples as bytes, in the order of its tar members.
 
-Nothing is ever unpickled: of a sample, only its picture, caption and JSON are read. Nothing is skipped silently: what
-cannot be used becomes a `Problem`.
+Nothing is ever unpickled: only pictures, captions and JSON are read. Nothing is skipped silently: each sample, or rest
+of a shard, that cannot be used becomes a `Problem`.
 """
 
 import contextlib
@@ -11,7 +11,9 @@ import itertools
 import logging
 import os
 import tarfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, BinaryIO, Self
 
 import braceexpand
 from webdataset.tariterators import base_plus_ext, group_by_keys
@@ -24,19 +26,22 @@ from lcm.secrets import redact
 
 logger = logging.getLogger(__name__)
 
+MAX_PICTURE_BYTES, MAX_TEXT_BYTES = 1 << 28, 1 << 20  # a tokenizer takes a second for a megabyte
+
+Sample = dict[str, Any]  # file suffix -> bytes, TooLarge or None; `__key__` and `__url__` -> str
 
 
-def is_local(shard):
+def is_local(shard: str) -> bool:
     """True for a path, False for an address or a command."""
     return not shard.startswith("pipe:") and "://" not in shard
 
 
-def expand_shards(patterns, option="--train_shards_path_or_url"):
-    """List every shard that the values of `option` name: brace ranges, `::`-joined lists, local wildcards.
+def expand_shards(patterns: Iterable[str], option: str = "--train_shards_path_or_url") -> tuple[str, ...]:
+    """All shards that the values of `option` name, by brace ranges, `::`-joined lists and local wildcards.
 
     Raises UserError if a pattern is malformed or if no shard is left; missing local files are logged and left out.
     """
-    shards = []
+    shards: list[str] = []
     for pattern in itertools.chain.from_iterable(p.split("::") for p in patterns):
         try:
             expanded = list(braceexpand.braceexpand(os.path.expanduser(pattern)))
@@ -52,7 +57,6 @@ def expand_shards(patterns, option="--train_shards_path_or_url"):
     if not present:
         raise UserError(f"{option}: {redact(' '.join(patterns))!r} matches no shard")
     return present
-MAX_PICTURE_BYTES, MAX_TEXT_BYTES = 1 << 28, 1 << 20  # a tokenizer takes a second for a megabyte
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class TooLarge:
-    """Stands for a member of a size that no picture or text has; it was not read."""
+    """In place of the bytes of a tar member that is too large for a picture or a text; it was not read."""
 
     size: int  # bytes
 
 
-def max_size(name):
-    """The most bytes that are read of a member; 0 for all that no sample is made of."""
+def max_size(name: str) -> int:
+    """The most bytes that are read of a member; 0 for a member that is neither picture, caption nor JSON."""
     suffix = (base_plus_ext(name)[1] or "").lower()
     if suffix in PICTURE_FORMATS:
         return MAX_PICTURE_BYTES
@@ -79,27 +83,27 @@ def max_size(name):
 
 
 class TarHeader(tarfile.TarInfo):
-    """A header that, unlike tarfile's own, never takes a broken or a missing one for the end of the tar."""
+    """A header in a tar. Unlike in tarfile's own class, a broken or missing header is not the end of the tar."""
 
     @classmethod
-    def frombuf(cls, buffer, *args):
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
-            return super().frombuf(buffer, *args)
+            return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
-            if buffer == bytes(tarfile.BLOCKSIZE):  # the end, as it should be
+            if buf == bytes(tarfile.BLOCKSIZE):  # the regular end
                 raise
             raise tarfile.ReadError(str(error)) from None
 
 
 class ShardUnreadable(Exception):
-    """Raised where the rest of a shard cannot be read; carries why."""
+    """Raised with the reason if the rest of a shard cannot be read."""
 
 
 @contextlib.contextmanager
-def broken_shard():
-    """For calls of libraries alone: what a broken shard makes them raise becomes ShardUnreadable.
+def broken_shard() -> Iterator[None]:
+    """Turn any exception inside the block, but MemoryError, into ShardUnreadable. Only for calls of libraries.
 
-    tarfile raises nearly anything, TypeError and OverflowError among it. Running out of memory is no fault of a shard.
+    For a broken shard tarfile raises nearly anything, TypeError and OverflowError included.
     """
     try:
         yield
@@ -109,32 +113,36 @@ def broken_shard():
         raise ShardUnreadable(str(error) or type(error).__name__) from error
 
 
-def tar_members(stream, url):
-    """Yield the files of a tar as `group_by_keys` takes them; those that no sample is made of have None for data."""
+def tar_members(stream: BinaryIO, url: str) -> Iterator[dict[str, Any]]:
+    """Yield the files of a tar in the form that `group_by_keys` takes; `data` is None for unneeded files."""
     with broken_shard():
-        tar = tarfile.open(fileobj=stream, mode="r|*", tarinfo=TarHeader)  # noqa: SIM115 (the caller's)
+        tar = tarfile.open(fileobj=stream, mode="r|*", tarinfo=TarHeader)  # noqa: SIM115 (the caller closes it)
     while True:
         with broken_shard():
             member = tar.next()
         if member is None:
             return
-        tar.members.clear()
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all of them in memory
         if not member.isreg():
             continue
         limit = 0 if member.issparse() else max_size(member.name)  # a sparse file may unpack to any size
-        data = TooLarge(member.size) if member.size > limit > 0 else None
+        data: Any = TooLarge(member.size) if member.size > limit > 0 else None
         if limit and member.size <= limit:
             with broken_shard():
-                data = tar.extractfile(member).read()
+                data = tar.extractfile(member).read()  # type: ignore[union-attr]
         yield {"fname": member.name, "data": data, "__url__": url}
 
 
 @contextlib.contextmanager
-def open_shard(url, timeout):
-    """A shard's bytes as a stream: HttpFile for http(s)://, else what webdataset opens. `timeout` is in seconds."""
+def open_shard(url: str, timeout: float) -> Iterator[BinaryIO]:
+    """The bytes of a shard as a stream: HttpFile for http(s)://, else webdataset's `gopen`. `timeout` is in seconds.
+
+    Raises ShardUnreadable if it cannot be opened, or if the command that writes it fails.
+    """
     is_http = url.lower().startswith(("http://", "https://"))
     with contextlib.ExitStack() as stack:
         with broken_shard():
+            opened: contextlib.AbstractContextManager
             if is_http:
                 opened = io.BufferedReader(HttpFile(url, timeout), buffer_size=1 << 20)
             else:
@@ -145,11 +153,11 @@ def open_shard(url, timeout):
             stack.close()
 
 
-def read_shard(url, timeout=300.0):
-    """Yield the samples of one shard as dicts of bytes, and a Problem for each thing in it that cannot be read."""
+def read_shard(url: str, timeout: float = 300.0) -> Iterator[Sample | Problem]:
+    """Yield the samples of one shard as dicts of bytes, and a Problem for each part of it that cannot be read."""
     problems = []
 
-    def note_duplicate(error):
+    def note_duplicate(error: Exception) -> bool:
         problems.append(Problem("duplicate member", f"{url}: {error.args[0]}"))
         return True
 

@@ -1,65 +1,69 @@
-"""One stream of samples: what one data loader worker of one process reads.
+"""One stream of samples: one data loader worker of one process reads it.
 
-Its stages, in order: order of shards -> samples as bytes -> shuffled blocks -> pictures and captions -> batches. What
-cannot be used travels through the shuffle as a `Problem` and is counted. The order within a block is a function of
-(seed, stream, pass, block), so a resume passes over the shard up to that block, reads the block, and decodes nothing
-twice.
+Its stages: order of shards -> samples as bytes -> shuffled blocks -> pictures and captions -> batches. A `Problem` is
+shuffled like a sample, and counted. The order within a block is a function of (seed, stream, pass, block). So a resume
+skips the shard up to the block, reads the block again, and decodes only the samples that were not used.
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, Self
 
 import numpy as np
 
-from lcm.data.order import Position, shard_order
+from lcm.data.config import DataConfig
+from lcm.data.order import Part, Position, shard_order
 from lcm.data.pictures import Unusable
 from lcm.data.samples import collate, decode_sample
-from lcm.data.shards import Problem, read_shard
+from lcm.data.shards import Problem, Sample, read_shard
 from lcm.data.tally import Tally
 
 
 @dataclass
 class Item:
-    """What a stream hands to the training process: a batch, or word that a whole pass gave nothing."""
+    """What a stream sends to the training process: a batch, or None after a pass without a usable sample."""
 
-    stream: int  # of this process
+    stream: int  # its index within this process
     position: Position
     empty_passes: int  # reported since `position`
-    empty_share: list  # where `batch` is None: what was gone through, as `shard_order` gives it
-    batch: dict | None
-    tally: Tally = field(default_factory=Tally)  # since the last item, but for what was skipped
-    problems: list = field(default_factory=list)  # which was this
+    empty_share: list[Part]  # if `batch` is None: the share of that pass, as `shard_order` gives it
+    batch: dict[str, Any] | None
+    tally: Tally = field(default_factory=Tally)  # since the last item, without the skipped samples
+    problems: list[Problem] = field(default_factory=list)  # the skipped samples since the last item
 
-    def pin_memory(self):
-        """Called by the DataLoader, which pins nothing inside a class that it does not know."""
+    def pin_memory(self) -> Self:
+        """Called by the DataLoader, which does not look into a class that it does not know."""
         if self.batch:
             self.batch["pixels"] = self.batch["pixels"].pin_memory()
         return self
 
 
-def num_bytes(sample):
-    """What a sample's members take in memory; 0 for a Problem."""
+def num_bytes(sample: Sample | Problem) -> int:
+    """The memory that a sample's files take, in bytes; 0 for a Problem."""
     return sum(len(data) for data in sample.values() if isinstance(data, bytes)) if isinstance(sample, dict) else 0
 
 
 class Block:
-    """Samples of one pass: up to `size` of them, or fewer where those take `max_bytes`.
+    """Up to `size` samples of one pass; it is full earlier if they take `max_bytes`.
 
-    They are read a few at a time, so that reading goes on while the last block is used.
+    Samples are read one at a time, while those of the block before are used.
     """
 
-    def __init__(self, source, start, size, max_bytes):
+    def __init__(self, source: Iterator[tuple[Position, Any]], start: Position, size: int, max_bytes: float):
         self.source, self.start, self.size, self.max_bytes = source, start, size, max_bytes
-        self.samples, self.next_start, self.bytes = [], None, 0
+        self.samples: list[Sample | Problem | None] = []
+        self.next_start: Position | None = None  # of the next block; None until this block is full
+        self.bytes = 0
 
-    def take(self, i):
-        """Sample `i`, which the block then no longer holds."""
+    def take(self, i: int) -> Sample | Problem | None:
+        """Return sample `i`, and release it from the block."""
         sample, self.samples[i] = self.samples[i], None
         return sample
 
-    def read(self, count):
-        """Read `count` samples more, or fewer if the block is full or the pass ends."""
+    def read(self, count: int) -> None:
+        """Read up to `count` more samples; stops if the block is full or the pass ends."""
         while count > 0 and self.next_start is None:
             place, sample = next(self.source)
             if sample is None:  # the pass has ended
@@ -73,17 +77,17 @@ class Block:
 
 
 class Stream:
-    """One stream of one process: an endless iterator over `Item`s from a `Position` on."""
+    """One stream of one process: an endless iterator over `Item`s that starts at `position`."""
 
-    def __init__(self, config, index, position=Position(), empty_passes=0):
+    def __init__(self, config: DataConfig, index: int, position: Position = Position(), empty_passes: int = 0):
         self.config, self.index, self.start, self.reported = config, index, position, empty_passes
         self.id = config.rank * config.streams_per_process + index
 
-    def rng(self, *numbers):
+    def rng(self, *numbers: int) -> np.random.Generator:
         return np.random.default_rng((self.config.seed, self.id, *numbers))
 
-    def samples(self, start):
-        """Yield (position after it, sample) without end, and (start of the next pass, None) after each pass."""
+    def samples(self, start: Position) -> Iterator[tuple[Position, Sample | Problem | None]]:
+        """Yield (position after the sample, sample) without end; after each pass, (start of the next pass, None)."""
         skip_shards, skip_members = start.shard_index, start.member_index
         for pass_index in itertools.count(start.pass_index):
             for shard_index, (url, part, num_parts) in enumerate(shard_order(self.config, self.id, pass_index)):
@@ -95,8 +99,8 @@ class Stream:
                 skip_shards = skip_members = 0
             yield Position(pass_index + 1), None
 
-    def shuffled(self):
-        """Yield (position after it, rng of its own, sample), shuffled within blocks; a None sample ends a pass."""
+    def shuffled(self) -> Iterator[tuple[Position, np.random.Generator | None, Sample | Problem | None]]:
+        """As `samples`, shuffled within blocks, each sample with its rng: (position, rng or None, sample or None)."""
         source = self.samples(self.start)
         new_block = partial(
             Block, source, size=self.config.shuffle_buffer_size, max_bytes=self.config.shuffle_buffer_mb * 1e6
@@ -105,6 +109,7 @@ class Stream:
         block.read(block.size)
         while True:
             start = block.start
+            assert block.next_start is not None  # it is full
             ahead = new_block(replace(block.next_start, taken=0))
             order = self.rng(start.pass_index, start.block_index).permutation(len(block.samples))
             for i in order[: start.taken]:
@@ -112,17 +117,19 @@ class Stream:
             for taken, i in enumerate(order[start.taken :], start.taken + 1):
                 rng = self.rng(start.pass_index, start.block_index, i)
                 yield replace(start, taken=taken), rng, block.take(i)
-                ahead.read(1)  # as many as were released, so that about one block is held in all
+                ahead.read(1)  # one for each that was released: together the two hold about one block
             if ahead.start.pass_index > start.pass_index:
                 yield ahead.start, None, None
             ahead.read(block.size)
             block = ahead
 
-    def __iter__(self):
-        rows, problems, tally, usable_in_pass = [], [], Tally(), self.start.taken > 0
+    def __iter__(self) -> Iterator[Item]:
+        rows: list[dict[str, Any]] = []
+        problems: list[Problem] = []
+        tally, usable_in_pass = Tally(), self.start.taken > 0
         batch_end, empty_passes = self.start, 0
         for position, rng, sample in self.shuffled():
-            if sample is None:
+            if sample is None or rng is None:  # the pass has ended
                 if not usable_in_pass:
                     empty_passes += 1
                     if empty_passes > self.reported:

@@ -1,30 +1,30 @@
-"""What became of the samples: used, and skipped by reason."""
+"""How many samples were used, and how many were skipped, by reason."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 
 
-def describe(skipped):
-    """A Counter of skips in one line, the most frequent reason first."""
+def describe(skipped: Counter[str]) -> str:
+    """A Counter of skipped samples in one line, the most frequent reason first."""
     return ", ".join(f"{count} x {reason}" for reason, count in skipped.most_common()) or "none"
 
 
 @dataclass
 class Tally:
-    """What became of the samples so far."""
+    """Numbers of samples so far."""
 
     used: int = 0
-    unscored: int = 0  # of them, those whose JSON has no `pwatermark`, which --max_watermark_probability lets through
-    skipped: Counter = field(default_factory=Counter)  # by reason
+    unscored: int = 0  # of the used ones: passed --max_watermark_probability because their JSON has no `pwatermark`
+    skipped: Counter[str] = field(default_factory=Counter)  # by reason
 
-    def __add__(self, other):
+    def __add__(self, other: "Tally") -> "Tally":
         return Tally(self.used + other.used, self.unscored + other.unscored, self.skipped + other.skipped)
 
-    def __str__(self):
+    def __str__(self) -> str:
         unscored = f"{self.unscored} of them without a `pwatermark`, " if self.unscored else ""
         return f"{self.used} samples used, {unscored}skipped: {describe(self.skipped)}"
 
-    def as_scalars(self):
+    def as_scalars(self) -> dict[str, int]:
         """The tally for the trackers: {"samples/used": n, "samples/skipped/the_reason": n, ...}."""
         reasons = {f"samples/skipped/{name.replace(' ', '_')}": count for name, count in sorted(self.skipped.items())}
         unscored = {"samples/without_pwatermark": self.unscored} if self.unscored else {}

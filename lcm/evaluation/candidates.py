@@ -1,10 +1,12 @@
-"""Teachers and trained networks, as their users load them."""
+"""Loads the teacher and the trained networks as their users do."""
 
 import logging
 import os
 import textwrap
+from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import diffusers
 import torch
@@ -21,16 +23,19 @@ from lcm.pictures.samplers import make_scheduler
 logger = logging.getLogger(__name__)
 
 
+def dtype_name(args: Namespace) -> str:
+    """`--dtype`, or its default on this machine."""
+    return args.dtype or ("float16" if torch.cuda.is_available() else "float32")
 
-def load_teacher(args):
+
+def load_teacher(args: Namespace) -> diffusers.DiffusionPipeline:
     """The teacher's pipeline on the device, without a safety checker, which would blacken pictures.
 
-    Fills in `args.dtype`. Raises UserError if there is none that can be loaded, or if it has no U-Net.
+    Raises UserError if the teacher cannot be loaded, or has no U-Net or no betas.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.dtype = args.dtype or ("float16" if device == "cuda" else "float32")
-    dtype = getattr(torch, args.dtype)
-    parts = {DTYPE: dtype, "variant": args.variant}
+    dtype = getattr(torch, dtype_name(args))
+    parts: dict[str, Any] = {DTYPE: dtype, "variant": args.variant}
     index = load_config(diffusers.DiffusionPipeline, args)
     if "unet" not in index:
         raise UserError(f"{OPTION}: {index.get('_class_name')} has no U-Net; allowed: Stable Diffusion and SDXL")
@@ -40,7 +45,7 @@ def load_teacher(args):
         path = args.pretrained_vae_model_name_or_path
         parts["vae"] = load_part(diffusers.AutoencoderKL, args, None, path, dtype=dtype)
     diffusers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # errors are raised, too
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # errors are raised as well
     transformers.utils.logging.disable_progress_bar()
     source, revision = args.pretrained_teacher_model, args.teacher_revision or args.revision
     try:
@@ -57,64 +62,65 @@ def load_teacher(args):
 
 @dataclass
 class Trained:
-    """What was trained, where it lies, and the scheduler to sample it with."""
+    """A trained U-Net or LoRA, and the scheduler to sample it with."""
 
     label: str
     source: str  # a folder or a Hub id
-    subfolder: str | None  # of a whole U-Net, "" if it lies in `source` itself; None for a LoRA
+    subfolder: str | None  # of a U-Net, "" if it is in `source` itself; None for a LoRA
     scheduler: diffusers.LCMScheduler
 
     @property
-    def is_lora(self):
+    def is_lora(self) -> bool:
         return self.subfolder is None
 
 
-def has_file(source, name, cache_dir):
+def has_file(source: str, name: str, cache_dir: str | None) -> bool:
     """Whether a folder, or a repository on the Hub, has a file. Raises UserError if there is no such repository."""
     if os.path.isdir(source):
         return os.path.isfile(os.path.join(source, name))
     try:
         return bool(hf_hub_download(source, name, cache_dir=cache_dir))
-    except Exception as error:  # a name that is none, no access, no network
-        is_local = isinstance(error, LocalEntryNotFoundError)  # not in the cache, and the Hub could not be asked
+    except Exception as error:  # an invalid name, no access, no network
+        is_local = isinstance(error, LocalEntryNotFoundError)  # not in the cache, and the Hub cannot be reached
         if isinstance(error, EntryNotFoundError) and is_local == constants.HF_HUB_OFFLINE:
             return False
-        reason = f"is neither a folder nor to be had from the Hub: {first_line(error)}"
+        reason = f"is neither a folder nor available on the Hub: {first_line(error)}"
         raise UserError(f"--trained: {source!r} {reason}") from error
 
 
-def find_trained(pipeline, args, label, source):
-    """What was trained in an output folder, a checkpoint, a U-Net's own folder or a Hub repository: by its files.
+def find_trained(pipeline: diffusers.DiffusionPipeline, args: Namespace, label: str, source: str) -> Trained:
+    """The trained network in an output folder, a checkpoint, a U-Net's own folder or a Hub repository.
 
-    Raises UserError if there is nothing, if it does not fit the teacher, or if it takes fewer steps than asked for.
+    Raises UserError if there is none, if it does not fit the teacher, or if its grid has fewer points than
+    --num_inference_steps.
     """
     has = partial(has_file, source, cache_dir=args.cache_dir)
     subfolder = None
     if not has(DIFFUSERS_FILE):
-        places = {"unet_target": "unet_target/config.json", "": "config.json", "unet": "unet/config.json"}
-        subfolder = next((place for place, config in places.items() if has(config)), None)
+        subfolders = {"unet_target": "unet_target/config.json", "": "config.json", "unet": "unet/config.json"}
+        subfolder = next((name for name, config in subfolders.items() if has(config)), None)
         if subfolder is None:
             raise UserError(
                 f"--trained: {source!r} holds neither {DIFFUSERS_FILE} nor a U-Net (unet_target/, or config.json); "
-                "allowed: what a training script wrote, one of its checkpoints, or a Hub id"
+                "allowed: an output folder of a training script, one of its checkpoints, or a Hub id"
             )
     if has("scheduler/scheduler_config.json"):
         place = {"subfolder": "scheduler", "cache_dir": args.cache_dir}
         scheduler = load_pretrained(diffusers.LCMScheduler, "--trained", source, **place)
         if scheduler.config.clip_sample or scheduler.config.thresholding:
-            logger.warning("--trained: the scheduler/ of %r clips latents, which training does not: not done", source)
+            logger.warning("--trained: the scheduler/ of %r clips latents, unlike training; this is ignored", source)
     else:
         scheduler = make_scheduler("lcm", pipeline.scheduler)
         grid = scheduler.config.original_inference_steps
         logger.warning("--trained: %r has no scheduler/; a grid of %d points is assumed", source, grid)
-    steps, most = max(args.num_inference_steps), scheduler.config.original_inference_steps
-    if steps > most:
+    steps, grid = max(args.num_inference_steps), scheduler.config.original_inference_steps
+    if steps > grid:
         raise UserError(
-            f"--num_inference_steps: {steps} given, but {source!r} was trained on a grid of {most} points; allowed: "
-            f"at most {most}"
+            f"--num_inference_steps: {steps} given, but {source!r} was trained on a grid of {grid} points; allowed: "
+            f"at most {grid}"
         )
     trained = Trained(label, source, subfolder, scheduler)
-    if trained.is_lora:  # the one way to see whether it fits is to try
+    if trained.is_lora:  # only loading it shows whether it fits
         load_trained(pipeline, trained, args)
         pipeline.unload_lora_weights()
     else:
@@ -122,8 +128,8 @@ def find_trained(pipeline, args, label, source):
     return trained
 
 
-def check_unet(expected, trained, args):
-    """Raise UserError if a trained U-Net cannot stand in for one whose config is `expected`."""
+def check_unet(expected: dict[str, Any], trained: Trained, args: Namespace) -> None:
+    """Raise UserError if a trained U-Net cannot replace one whose config is `expected`."""
     place = {"subfolder": trained.subfolder or None, "cache_dir": args.cache_dir}
     try:
         found = diffusers.UNet2DConditionModel.load_config(trained.source, **place)
@@ -139,19 +145,19 @@ def check_unet(expected, trained, args):
             )
 
 
-def load_trained(pipeline, trained, args):
-    """Put a LoRA, or a U-Net in place of the one that is there, into a pipeline as users do. Raises UserError."""
+def load_trained(pipeline: diffusers.DiffusionPipeline, trained: Trained, args: Namespace) -> None:
+    """Load a LoRA into a pipeline, or replace its U-Net by a trained one. Raises UserError."""
     if trained.is_lora:
         try:
             pipeline.load_lora_weights(trained.source, weight_name=DIFFUSERS_FILE, cache_dir=args.cache_dir)
         except Exception as error:
-            reason = textwrap.shorten(str(error), 300)  # the first line says nothing
+            reason = textwrap.shorten(str(error), 300)  # the first line alone does not help
             raise UserError(f"--trained: the LoRA in {trained.source!r} does not fit the teacher: {reason}") from error
         if not adapter_layers(pipeline.unet):
             raise UserError(f"--trained: the LoRA in {trained.source!r} has no weights for the teacher's U-Net")
         return
     place = {"subfolder": trained.subfolder or None, "cache_dir": args.cache_dir}
     device, dtype = pipeline.device, pipeline.unet.dtype
-    pipeline.unet = None  # before the next one is read: two may be more than there is memory for
+    pipeline.unet = None  # freed before the next one is read: memory may not suffice for two
     unet = load_pretrained(diffusers.UNet2DConditionModel, "--trained", trained.source, dtype=dtype, **place)
     pipeline.unet = unet.to(device)

@@ -1,4 +1,4 @@
-"""What pictures are compared in: reference pictures, CLIP, and networks whose features the Frechet distance takes."""
+"""Reference pictures, CLIP, and the feature networks of the Frechet distance."""
 
 import importlib.util
 import itertools
@@ -6,8 +6,11 @@ import logging
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -24,25 +27,26 @@ logger = logging.getLogger(__name__)
 
 try:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-except ImportError:  # transformers 4, whose only one it is
+except ImportError:  # transformers 4 has only this one
     from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 
-def reference_pictures(source, resolution, limit, batch_size):
-    """Yield up to `limit` pictures of a folder (with the folders in it, by name), or of shards, in batches.
+def reference_pictures(source: str, resolution: int, limit: int | None, batch_size: int) -> Iterator[torch.Tensor]:
+    """Yield up to `limit` pictures of a folder (and its subfolders, by name), or of shards, as (B, 3, H, W) uint8.
 
-    Each is resized to `resolution` and its middle cropped, as in training. What cannot be read is left out and told.
-    Raises UserError if fewer than two are left.
+    Each is resized to `resolution` pixels and cropped at its centre, as in training. Pictures that cannot be read are
+    skipped and logged. Raises UserError if fewer than two are left.
     """
     config = DataConfig(shards=(), batch_size=batch_size, resolution=resolution, seed=0, center_crop=True)
-    skipped = Counter()
+    skipped: Counter[str] = Counter()
+    rng = np.random.default_rng(0)  # not used with `center_crop`
 
-    def usable():
+    def usable() -> Iterator[torch.Tensor]:
         for data in encoded_pictures(source):
             try:
                 if isinstance(data, Problem):
                     raise Unusable(data.reason)
-                yield torch.from_numpy(transform(open_image(data), config, rng=None)[0].copy())
+                yield torch.from_numpy(transform(open_image(data), config, rng)[0].copy())
             except Unusable as error:
                 skipped[error.args[0]] += 1
 
@@ -59,7 +63,7 @@ def reference_pictures(source, resolution, limit, batch_size):
         )
 
 
-def encoded_pictures(source):
+def encoded_pictures(source: str) -> Iterator[bytes | Problem]:
     """Yield the bytes of every picture in a folder or in shards, and a Problem for each sample without one."""
     if os.path.isdir(source):
         for path in sorted(Path(source).rglob("*")):
@@ -75,59 +79,61 @@ def encoded_pictures(source):
 
 
 class Clip:
-    """A CLIP model: transformers' own, with its own tokenizer and picture processor, in float32."""
+    """A CLIP model of transformers with its tokenizer and picture processor, in float32."""
 
-    def __init__(self, name, device, cache_dir=None):
-        load = {"option": "--clip_model", "source": name, "cache_dir": cache_dir}
+    def __init__(self, name: str, device: torch.device, cache_dir: str | None = None):
+        load: dict[str, Any] = {"option": "--clip_model", "source": name, "cache_dir": cache_dir}
         model = load_pretrained(transformers.CLIPModel, dtype=torch.float32, **load)
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = load_pretrained(transformers.CLIPTokenizer, **load)
         self.processor = load_pretrained(CLIPImageProcessorPil, **load)
 
-    def image_features(self, images):
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
         """The embeddings (B, D) of pictures (B, 3, H, W) uint8, not normalised."""
         pixels = self.processor(list(images.numpy()), input_data_format="channels_first", return_tensors="pt")
         pooled = self.model.vision_model(pixels["pixel_values"].to(self.model.device)).pooler_output
         return self.model.visual_projection(pooled)
 
-    def text_features(self, prompts):
-        """The embeddings (B, D) of B strings, which are cut to what the model takes; not normalised."""
+    def text_features(self, prompts: list[str]) -> torch.Tensor:
+        """The embeddings (B, D) of B strings, cut to the model's maximum length; not normalised."""
         length = self.model.config.text_config.max_position_embeddings
         inputs = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         return self.model.text_projection(self.model.text_model(**inputs.to(self.model.device)).pooler_output)
 
 
-def load_function(option, text):
-    """The function that `path/to/file.py:name` or `module:name` stands for. Raises UserError if there is none.
+def load_function(option: str, text: str) -> Callable[..., Any]:
+    """The function `path/to/file.py:name` or `module:name`. Raises UserError if there is none.
 
-    A file may import what lies beside it, a module what lies in the current folder.
+    A file may import from its own folder, a module from the current folder.
     """
     source, _, name = text.rpartition(":")
     is_file = source.endswith(".py")
     sys.path.append(os.path.dirname(os.path.abspath(source)) if is_file else os.getcwd())
     try:
         if is_file:
-            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+            spec: Any = importlib.util.spec_from_file_location(Path(source).stem, source)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(source)
         function = getattr(module, name)
-    except Exception as error:  # whatever the file does
+    except Exception as error:  # the file may raise anything
         raise UserError(f"{option}: cannot load {text!r}: {first_line(error)}") from error
     if not callable(function):
-        raise UserError(f"{option}: {text!r} is no function")
+        raise UserError(f"{option}: {text!r} is not a function")
     return function
 
 
-def load_feature_network(name, clip, device):
-    """What maps pictures (B, 3, H, W) uint8 to features (B, F), for a value of --feature_network; None for `none`.
+def load_feature_network(
+    name: str, clip: Clip | None, device: torch.device
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The function of --feature_network: pictures (B, 3, H, W) uint8 to features (B, F); None for `none`.
 
-    A torch module is moved to `device` and given pictures there; a function gets them on the CPU. Raises UserError.
+    A torch module is moved to `device` and gets pictures there; a function gets them on the CPU. Raises UserError.
     """
     if name == "none":
         return None
-    if name == "clip":
+    if name == "clip" and clip:
         return clip.image_features
     if name == "inception":
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -145,8 +151,10 @@ def load_feature_network(name, clip, device):
 
 
 @torch.no_grad()
-def features_of(images, network, batch_size):
-    """The features (N, F) float32 of pictures, on the CPU. Raises UserError if `network` gives something else."""
+def features_of(
+    images: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor], batch_size: int
+) -> torch.Tensor:
+    """The features (N, F) float32 of pictures, on the CPU. Raises UserError if `network` returns anything else."""
     parts = []
     for batch in images.split(batch_size):
         features = network(batch)

@@ -1,18 +1,20 @@
 """Pictures from fixed noise.
 
-They are (N, 3, H, W) uint8 tensors on the CPU, and belong to a list of N prompts.
+They are (N, 3, H, W) uint8 tensors on the CPU, one for each of N prompts.
 """
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 
 
-def starting_noise(pipeline, count, seed, resolution=None):
-    """(count, C, h, w) float32 for pictures of `resolution` pixels a side, the U-Net's own size if that is None.
+def starting_noise(pipeline: DiffusionPipeline, count: int, seed: int, resolution: int | None = None) -> torch.Tensor:
+    """(count, C, h, w) float32 for pictures of `resolution` pixels a side; None means the U-Net's own size.
 
-    The noise of picture i is a function of `seed` and i, whatever `count`, the batch size, the device and the dtype.
+    The noise of picture i depends on `seed` and i only, not on `count`, the batch size, the device or the dtype.
     """
     unet = pipeline.unet.config
     side = resolution // pipeline.vae_scale_factor if resolution else unet.sample_size
@@ -20,31 +22,40 @@ def starting_noise(pipeline, count, seed, resolution=None):
     return torch.stack([torch.randn(unet.in_channels, side, side, generator=generator) for _ in range(count)])
 
 
-def picture_generators(count, seed):
-    """A generator for each picture, a function of `seed` and its number, for noise between the steps."""
+def picture_generators(count: int, seed: int) -> list[torch.Generator]:
+    """The generators of the noise between the steps: that of picture i depends on `seed` and i only."""
     states = (np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] for i in range(count))
     return [torch.Generator().manual_seed(int(state >> np.uint64(1))) for state in states]
 
 
-def synchronize(device):
-    """Wait until the device has done what it was given; a CPU always has."""
+def synchronize(device: torch.device) -> None:
+    """Wait until a CUDA device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def sample(pipeline, prompts, noise, num_inference_steps, guidance_scale, generator, batch_size, progress=None):
+def sample(
+    pipeline: DiffusionPipeline,
+    prompts: list[str],
+    noise: torch.Tensor,
+    num_inference_steps: int,
+    guidance_scale: float,
+    generator: torch.Generator | list[torch.Generator],
+    batch_size: int,
+    progress: Any = None,
+) -> tuple[torch.Tensor, float]:
     """Draw one picture for each of N prompts, from its row of `noise` (N, C, h, w).
 
-    `generator` is what samplers that add noise between the steps, as LCM's, draw from: one for all, or a list of one
-    for each picture, which then does not depend on its batch. `progress`, a tqdm, is told of every batch.
+    `generator` is for samplers that add noise between the steps, like LCM's: one for all pictures, or a list with one
+    for each, so that a picture does not depend on its batch. `progress` is a tqdm that counts the pictures.
 
-    Returns the pictures, (N, 3, H, W) uint8, and the seconds an image: text encoder, U-Net and VAE in batches of
-    `batch_size`, without a first batch of one step that warms up.
+    Returns the pictures, (N, 3, H, W) uint8, and the seconds per picture: text encoder, U-Net and VAE in batches of
+    `batch_size`, without the warm-up, which is one batch of one step.
     """
     height, width = (side * pipeline.vae_scale_factor for side in noise.shape[-2:])
     pipeline.set_progress_bar_config(disable=True)
 
-    def draw(chunk, steps, generator):
+    def draw(chunk: slice, steps: int, generator: torch.Generator | list[torch.Generator]) -> torch.Tensor:
         return pipeline(
             prompt=prompts[chunk],
             height=height,

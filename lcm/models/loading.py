@@ -1,27 +1,32 @@
-"""Parts of a pretrained model, from a folder or the Hub; what is wrong with them becomes a UserError of one line."""
+"""Parts of a pretrained model, from a folder or the Hub; any failure to load them becomes a UserError."""
+
+from argparse import Namespace
+from typing import Any
 
 import diffusers
 import torch
+from accelerate import Accelerator
 from packaging import version
 
 from lcm.errors import UserError, first_line
 
 OPTION = "--pretrained_teacher_model"
-# What diffusers' `from_pretrained` calls it, which until 0.40 did not know `dtype`.
+# The name of this argument in diffusers' `from_pretrained`, which has `dtype` since 0.40.
 DTYPE = "dtype" if version.parse(diffusers.__version__) >= version.parse("0.40") else "torch_dtype"
 
 
-def weight_dtype(accelerator):
-    """The dtype of frozen weights: that of the mixed precision, float32 without one or where a CPU cannot."""
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype of frozen weights: that of the mixed precision; float32 without one, and for fp16 on a CPU."""
     if accelerator.mixed_precision == "fp16" and accelerator.device.type != "cpu":
         return torch.float16
     return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
 
 
-def load_pretrained(loader, option, source, **kwargs):
-    """`loader.from_pretrained(source, **kwargs)`; the message of a failure begins with `option`.
+def load_pretrained(loader: Any, option: str, source: str, **kwargs: Any) -> Any:
+    """`loader.from_pretrained(source, **kwargs)`.
 
-    Any failure becomes a UserError of one line: a wrong folder, a broken file, no network, no access.
+    Raises UserError, whose message begins with `option`, for any failure: a wrong folder, a broken file, no network,
+    no access, missing weights.
     """
     subfolder = kwargs.get("subfolder")
     where = f"{source!r}" + (f", part {subfolder!r}" if subfolder else "")
@@ -38,14 +43,14 @@ def load_pretrained(loader, option, source, **kwargs):
         raise UserError(f"{option}: cannot load {where}: {first_line(error)}") from error
     if has_weights:
         part, info = part
-        if info["missing_keys"]:  # the libraries would make them up
+        if info["missing_keys"]:  # the libraries would initialise them at random
             missing = sorted(info["missing_keys"])
             raise UserError(f"{option}: cannot load {where}: {len(missing)} weights are missing, such as {missing[0]}")
     return part
 
 
-def load_part(loader, args, subfolder, path=None, **kwargs):
-    """`load_pretrained` for one part of the teacher, or for the VAE at `path`."""
+def load_part(loader: Any, args: Namespace, subfolder: str | None, path: str | None = None, **kwargs: Any) -> Any:
+    """`load_pretrained` for one part of the teacher, or for the VAE at `path`. Raises UserError."""
     if path is None:
         kwargs["revision"] = args.teacher_revision or args.revision
     option = "--pretrained_vae_model_name_or_path" if path else OPTION
@@ -53,8 +58,8 @@ def load_part(loader, args, subfolder, path=None, **kwargs):
     return load_pretrained(loader, option, source, subfolder=subfolder, cache_dir=args.cache_dir, **kwargs)
 
 
-def load_config(loader, args, subfolder=None):
-    """The configuration file of one part of the teacher, or its `model_index.json`, as a dict."""
+def load_config(loader: Any, args: Namespace, subfolder: str | None = None) -> dict[str, Any]:
+    """The configuration file of one part of the teacher, or its `model_index.json`, as a dict. Raises UserError."""
     where = f"{args.pretrained_teacher_model!r}, part {subfolder or 'model_index.json'!r}"
     try:
         config = loader.load_config(
@@ -66,5 +71,5 @@ def load_config(loader, args, subfolder=None):
     except Exception as error:
         raise UserError(f"{OPTION}: cannot load {where}: {first_line(error)}") from error
     if not isinstance(config, dict):
-        raise UserError(f"{OPTION}: cannot load {where}: its JSON is no object, but {type(config).__name__}")
+        raise UserError(f"{OPTION}: cannot load {where}: its JSON is a {type(config).__name__}, not an object")
     return config

@@ -87,7 +87,7 @@ def adapter_layers(unet: UNet2DConditionModel) -> list[BaseTunerLayer]:
     return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def adapter_parameters(unet: UNet2DConditionModel, adapter: str) -> dict[str, torch.nn.Parameter]:
+def adapter_parameters(unet: UNet2DConditionModel, adapter: str) -> dict[str, torch.Tensor]:
     """The parameters of one adapter. The adapter's name is left out of their names, so two adapters have the same."""
     return {
         name.replace(f".{adapter}.", "."): parameter

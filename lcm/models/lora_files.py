@@ -1,9 +1,9 @@
-"""The files that a LoRA is saved in: diffusers' and kohya's."""
+"""The files of a LoRA, in the formats of diffusers and kohya."""
 
 import os
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -11,39 +11,39 @@ from safetensors.torch import load_file, save_file
 # diffusers looks for the first name. The second must not end in the first, or diffusers would take it instead.
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "lcm_lora_kohya.safetensors"
-STUDENT_FOLDER = "student"  # beside a moving average: the weights as the optimizer left them
+STUDENT_FOLDER = "student"  # the student's own weights, if the output folder holds their moving average
 
 
-def adapter_weights(unet, adapter):
-    """One adapter's tensors under peft's plain keys, `down_blocks.0. ... .to_q.lora_A.weight`, on the CPU."""
+def adapter_weights(unet: UNet2DConditionModel, adapter: str) -> dict[str, torch.Tensor]:
+    """One adapter's tensors under peft's own keys, `down_blocks.0. ... .to_q.lora_A.weight`, on the CPU."""
     weights = get_peft_model_state_dict(unet, adapter_name=adapter)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
-def save_for_diffusers(unet, adapter, folder):
-    """Write what `pipeline.load_lora_weights(folder)` takes, for Stable Diffusion and SDXL alike.
+def save_for_diffusers(unet: UNet2DConditionModel, adapter: str, folder: str) -> None:
+    """Write the file that `pipeline.load_lora_weights(folder)` reads, for Stable Diffusion and SDXL.
 
-    Rank and alpha travel as metadata; diffusers refuses them as tensors. peft's plain keys, because
-    `convert_state_dict_to_diffusers` mixes two styles where convolutions are among the targets, and the loader then
-    drops every attention layer with no more than a warning.
+    Rank and alpha are metadata, since diffusers refuses them as tensors. The keys are peft's own: with convolutions
+    among the targets, `convert_state_dict_to_diffusers` mixes two styles of keys, and the loader then drops every
+    attention layer with only a warning.
     """
     config = unet.peft_config[adapter]
     StableDiffusionPipeline.save_lora_weights(
         folder,
         unet_lora_layers=adapter_weights(unet, adapter),
-        # Only these: what an older peft does not know of, it would refuse.
+        # Only these: an older peft refuses entries that it does not know.
         unet_lora_adapter_metadata={
             "r": config.r,
             "lora_alpha": config.lora_alpha,
             "target_modules": sorted(config.target_modules),
-            "rank_pattern": {},  # diffusers before 0.40 reads it unasked
+            "rank_pattern": {},  # diffusers before 0.40 requires it
         },
         weight_name=DIFFUSERS_FILE,
     )
 
 
-def save_for_kohya(unet, adapter, path):
-    """Write what ComfyUI and A1111 take, in float16: kohya's keys, `lora_unet_ ... .lora_down.weight`, and alphas."""
+def save_for_kohya(unet: UNet2DConditionModel, adapter: str, path: str) -> None:
+    """Write a file for ComfyUI and A1111 in float16: kohya's keys, `lora_unet_ ... .lora_down.weight`, and alphas."""
     config = unet.peft_config[adapter]
     weights = {f"unet.{name}": tensor.half() for name, tensor in adapter_weights(unet, adapter).items()}
     weights = convert_state_dict_to_kohya(weights)
@@ -57,8 +57,8 @@ def save_for_kohya(unet, adapter, path):
     save_file(weights, path, metadata)
 
 
-def load_adapter(unet, adapter, folder):
-    """Read what `save_for_diffusers` wrote back into an adapter. Raises ValueError unless every key fits."""
+def load_adapter(unet: UNet2DConditionModel, adapter: str, folder: str) -> None:
+    """Load a file of `save_for_diffusers` into an adapter. Raises ValueError unless the keys are the adapter's."""
     weights = load_file(os.path.join(folder, DIFFUSERS_FILE))
     weights = {name.removeprefix("unet."): tensor for name, tensor in weights.items()}
     expected = get_peft_model_state_dict(unet, adapter_name=adapter)

@@ -45,15 +45,30 @@ class Networks:
     relation: str  # of the result to the teacher, as the Hub calls it
     takes_guidance: bool  # whether the guidance scale is an input of the student
     outputs: list[str]
-    networks: list[UNet2DConditionModel]
-    weights: dict[str, torch.Tensor]
-    averaged: dict[str, torch.Tensor]
-    teacher_view: View
-    views: dict[str, View]
 
     def __init__(self, args: Options, teacher: Any, student: Any, target: Any):
         self.args, self.teacher, self.student, self.target = args, teacher, student, target
         self.unet = student
+
+    @property
+    def networks(self) -> list[UNet2DConditionModel]:
+        raise NotImplementedError
+
+    @property
+    def teacher_view(self) -> View:
+        raise NotImplementedError
+
+    @property
+    def views(self) -> dict[str, View]:
+        raise NotImplementedError
+
+    @cached_property
+    def weights(self) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    @cached_property
+    def averaged(self) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters for the optimizer."""

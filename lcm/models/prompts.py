@@ -1,22 +1,30 @@
 """Text encoders that turn captions into U-Net keyword arguments.
 
-Conditioning travels as a dict of U-Net keyword arguments, so that a training loop does not know what is in it:
+A conditioning is a dict of U-Net keyword arguments, so that a training loop need not know what is in it:
 `encoder_hidden_states` (B, tokens, D), and for SDXL `added_cond_kwargs` = {"text_embeds": (B, P), "time_ids": (B, 6)}.
 """
+
+from argparse import Namespace
+from typing import Any
 
 import diffusers
 import torch
 import transformers
+from accelerate import Accelerator
 
 from lcm.errors import UserError
 from lcm.models.loading import OPTION, load_config, load_part, weight_dtype
-from lcm.models.unet import NO_OTHER_INPUTS
+
+Conditioning = dict[str, Any]  # U-Net keyword arguments
+
+# Entries of the config of a U-Net without class labels and without projected hidden states.
+NO_OTHER_INPUTS = {"class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim_type": None}
 
 
-def load_tokenizer(args, subfolder):
-    """A CLIP tokenizer. Raises UserError if its vocabulary is not whole."""
+def load_tokenizer(args: Namespace, subfolder: str) -> transformers.CLIPTokenizer:
+    """A CLIP tokenizer. Raises UserError if its vocabulary is incomplete."""
     tokenizer = load_part(transformers.CLIPTokenizer, args, subfolder)
-    if len(tokenizer) < 512:  # CLIP's has all bytes twice; where files are missing, transformers makes one up
+    if len(tokenizer) < 512:  # CLIP's has each byte twice; if files are missing, transformers makes a tiny one
         raise UserError(
             f"{OPTION}: cannot load {args.pretrained_teacher_model!r}, part {subfolder!r}: its vocabulary has "
             f"{len(tokenizer)} entries; are its files complete?"
@@ -24,23 +32,27 @@ def load_tokenizer(args, subfolder):
     return tokenizer
 
 
-def load_text_encoder(loader, args, accelerator, subfolder, tokenizer):
-    """A frozen text encoder. Raises UserError if it cannot take what its tokenizer gives."""
+def load_text_encoder(
+    loader: Any, args: Namespace, accelerator: Accelerator, subfolder: str, tokenizer: transformers.CLIPTokenizer
+) -> Any:
+    """A frozen text encoder. Raises UserError if it does not fit its tokenizer."""
     encoder = load_part(loader, args, subfolder, dtype=weight_dtype(accelerator))
     for what, given, most in (
         ("model_max_length", tokenizer.model_max_length, encoder.config.max_position_embeddings),
         ("vocabulary", len(tokenizer), encoder.config.vocab_size),
     ):
-        if not 2 < given <= most:  # a caption is a token at least, between a beginning and an end
+        if not 2 < given <= most:  # a start token, at least one of the caption, an end token
             raise UserError(
-                f"{OPTION}: part {subfolder!r} of {args.pretrained_teacher_model!r} and its tokenizer do not fit: the "
+                f"{OPTION}: part {subfolder!r} of {args.pretrained_teacher_model!r} does not fit its tokenizer: the "
                 f"tokenizer's {what} is {given}; allowed: 3 to {most}"
             )
     return encoder.requires_grad_(False).eval().to(accelerator.device)
 
 
-def tokenize(tokenizer, captions, device):
-    """Token ids (B, tokens), padded or cut to the tokenizer's `model_max_length` as diffusers' pipelines do."""
+def tokenize(
+    tokenizer: transformers.CLIPTokenizer, captions: list[str], device: torch.device
+) -> transformers.BatchEncoding:
+    """`input_ids` and `attention_mask`, (B, tokens), padded or cut to `model_max_length` as in diffusers."""
     return tokenizer(
         captions,
         padding="max_length",
@@ -53,12 +65,12 @@ def tokenize(tokenizer, captions, device):
 class PromptEncoder:
     """Captions to U-Net keyword arguments, with the one CLIP text encoder of SD 1.x and 2.x.
 
-    `components` are the keyword arguments that `StableDiffusionPipeline` takes for it.
+    `components` has the keyword arguments of `StableDiffusionPipeline` for the encoder.
     """
 
     layout = "Stable Diffusion 1.x or 2.x"
 
-    def __init__(self, args, accelerator):
+    def __init__(self, args: Namespace, accelerator: Accelerator):
         self.tokenizer = load_tokenizer(args, "tokenizer")
         loader = transformers.CLIPTextModel
         self.text_encoder = load_text_encoder(loader, args, accelerator, "text_encoder", self.tokenizer)
@@ -71,8 +83,8 @@ class PromptEncoder:
         }
         self.empty = self.encode([""])
 
-    def unet_config(self, config):
-        """What a U-Net's `config` must say to take what this returns."""
+    def unet_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The entries that a U-Net's `config` must have to take this conditioning."""
         return {
             **NO_OTHER_INPUTS,
             "addition_embed_type": None,
@@ -80,14 +92,14 @@ class PromptEncoder:
         }
 
     @torch.no_grad()
-    def encode(self, captions):
-        """Hidden states (B, tokens, D) of B strings, as `StableDiffusionPipeline.encode_prompt` has them."""
+    def encode(self, captions: list[str]) -> torch.Tensor:
+        """Hidden states (B, tokens, D) of B strings, as in `StableDiffusionPipeline.encode_prompt`."""
         inputs = tokenize(self.tokenizer, captions, self.text_encoder.device)
         uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
         return self.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask if uses_mask else None)[0]
 
-    def __call__(self, batch):
-        """(cond, uncond) for a batch of samples: each a dict of U-Net keyword arguments for B samples."""
+    def __call__(self, batch: dict[str, Any]) -> tuple[Conditioning, Conditioning]:
+        """(cond, uncond) for a batch of B samples: two dicts of U-Net keyword arguments."""
         hidden_states = self.encode(batch["captions"])
         return {"encoder_hidden_states": hidden_states}, {"encoder_hidden_states": self.empty.expand_as(hidden_states)}
 
@@ -95,24 +107,24 @@ class PromptEncoder:
 class SDXLPromptEncoder:
     """Captions, sizes and crops to U-Net keyword arguments, with the two CLIP text encoders of SDXL.
 
-    `components` are the keyword arguments that `StableDiffusionXLPipeline` takes for them. Raises UserError for SDXL's
+    `components` has the keyword arguments of `StableDiffusionXLPipeline` for the encoders. Raises UserError for SDXL's
     refiner, which has one encoder and takes an aesthetic score, and for models that are not SDXL.
     """
 
     layout = "SDXL (base)"
 
-    def __init__(self, args, accelerator):
+    def __init__(self, args: Namespace, accelerator: Accelerator):
         index = load_config(diffusers.DiffusionPipeline, args)
         has_first_encoder = index.get("text_encoder") not in (None, [None, None])
         if index.get("requires_aesthetics_score") or not has_first_encoder:
             raise UserError(
-                f"{OPTION}: {args.pretrained_teacher_model!r} is laid out as SDXL's refiner, which goes on from "
-                "another model's latents; allowed here: SDXL base and models of its layout"
+                f"{OPTION}: {args.pretrained_teacher_model!r} has the layout of SDXL's refiner, which starts "
+                "from another model's latents; allowed here: models in the layout of SDXL base"
             )
         if "text_encoder_2" not in index:
             raise UserError(
                 f"{OPTION}: {args.pretrained_teacher_model!r} has one text encoder; allowed here: models in the "
-                "layout of SDXL, with two (train_lcm_distill_sd_wds.py and its LoRA sibling take Stable Diffusion)"
+                "layout of SDXL, with two (for Stable Diffusion, use train_lcm_distill_sd_wds.py or its LoRA version)"
             )
         self.resolution, self.use_fix_crop_and_size = args.resolution, args.use_fix_crop_and_size
         self.tokenizers = [load_tokenizer(args, "tokenizer"), load_tokenizer(args, "tokenizer_2")]
@@ -133,10 +145,10 @@ class SDXLPromptEncoder:
         }
         self.empty = self.encode([""])
         if self.components["force_zeros_for_empty_prompt"]:
-            self.empty = [torch.zeros_like(part) for part in self.empty]
+            self.empty = tuple(torch.zeros_like(part) for part in self.empty)
 
-    def unet_config(self, config):
-        """What a U-Net's `config` must say to take what this returns."""
+    def unet_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The entries that a U-Net's `config` must have to take this conditioning."""
         pooled = self.text_encoders[1].config.projection_dim
         return {
             **NO_OTHER_INPUTS,
@@ -146,16 +158,16 @@ class SDXLPromptEncoder:
         }
 
     @torch.no_grad()
-    def encode(self, captions):
-        """Second to last hidden states of both encoders, joined (B, tokens, D1 + D2), and the second's pooled output
-        (B, P), as `StableDiffusionXLPipeline.encode_prompt` has them."""
+    def encode(self, captions: list[str]) -> tuple[torch.Tensor, ...]:
+        """The second to last hidden states of both encoders, concatenated (B, tokens, D1 + D2), and the pooled output
+        of the second (B, P), as in `StableDiffusionXLPipeline.encode_prompt`."""
         outputs = [
             encoder(tokenize(tokenizer, captions, encoder.device).input_ids, output_hidden_states=True)
             for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
         ]
         return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1].text_embeds
 
-    def time_ids(self, batch):
+    def time_ids(self, batch: dict[str, Any]) -> torch.Tensor:
         """SDXL's micro-conditioning (B, 6) float32: original height and width, crop top and left, target height and
         width, in pixels. In 16 bits they would be rounded."""
         sizes, crops = batch["original_sizes"], batch["crops"]
@@ -164,11 +176,11 @@ class SDXLPromptEncoder:
             sizes, crops = target, torch.zeros_like(crops)
         return torch.cat([sizes, crops, target], dim=1).to(self.text_encoders[1].device, torch.float32)
 
-    def __call__(self, batch):
-        """(cond, uncond) for a batch of samples: each a dict of U-Net keyword arguments for B samples.
+    def __call__(self, batch: dict[str, Any]) -> tuple[Conditioning, Conditioning]:
+        """(cond, uncond) for a batch of B samples: two dicts of U-Net keyword arguments.
 
-        Both have the same `time_ids`, as in `StableDiffusionXLPipeline`. The unconditional embeddings are zeros or
-        those of "", as the teacher's `force_zeros_for_empty_prompt` says.
+        Both have the same `time_ids`, as in `StableDiffusionXLPipeline`. The unconditional embeddings are zeros if the
+        teacher has `force_zeros_for_empty_prompt`, else those of "".
         """
         encoded, time_ids = self.encode(batch["captions"]), self.time_ids(batch)
         empty = [part.expand_as(other) for part, other in zip(self.empty, encoded, strict=True)]
@@ -182,8 +194,8 @@ class SDXLPromptEncoder:
         return cond, uncond
 
 
-def join_conditioning(first, second):
-    """Two dicts of U-Net keyword arguments for B samples each, as one for 2B."""
+def join_conditioning(first: Conditioning, second: Conditioning) -> Conditioning:
+    """Join two dicts of U-Net keyword arguments for B samples each into one for 2B samples."""
     return {
         name: join_conditioning(value, second[name]) if isinstance(value, dict) else torch.cat([value, second[name]])
         for name, value in first.items()

@@ -1,32 +1,36 @@
 """The teacher's U-Net."""
 
 import inspect
+from argparse import Namespace
+from typing import Any
 
 import diffusers
+import torch
 
 from lcm.errors import UserError
 from lcm.models.loading import OPTION, load_config, load_part
+from lcm.models.prompts import PromptEncoder, SDXLPromptEncoder
 
-NO_OTHER_INPUTS = {"class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim_type": None}  # of a U-Net
 
-
-def unet_config(args):
-    """The configuration of the teacher's U-Net: the class's defaults, then what the file says."""
+def unet_config(args: Namespace) -> dict[str, Any]:
+    """The configuration of the teacher's U-Net: its file, with the class's defaults for missing entries."""
     defaults = {name: p.default for name, p in inspect.signature(diffusers.UNet2DConditionModel).parameters.items()}
     return {**defaults, **load_config(diffusers.UNet2DConditionModel, args, "unet")}
 
 
-def load_unet(args, encode_prompts, dtype):
+def load_unet(
+    args: Namespace, encode_prompts: PromptEncoder | SDXLPromptEncoder, dtype: torch.dtype
+) -> diffusers.UNet2DConditionModel:
     """The teacher's U-Net, on the CPU.
 
-    Raises UserError, before its weights are read, if it is not one that this script can distil with `encode_prompts`:
-    it takes another conditioning or a guidance embedding, or more channels than it predicts (inpainting, editing).
+    Raises UserError, before its weights are read, if this script cannot distil it: it takes another conditioning than
+    `encode_prompts` returns, a guidance embedding, or more channels than it predicts (inpainting, editing).
     """
     config = unet_config(args)
     if config["time_cond_proj_dim"] is not None:
         raise UserError(
-            f"{OPTION}: its U-Net takes a guidance embedding, so it is a distilled model already; allowed: one that "
-            "is sampled with classifier-free guidance"
+            f"{OPTION}: its U-Net takes a guidance embedding, so it is already a distilled model; allowed: a model "
+            "that is sampled with classifier-free guidance"
         )
     if config["in_channels"] != config["out_channels"]:
         raise UserError(
@@ -40,5 +44,5 @@ def load_unet(args, encode_prompts, dtype):
                 f"{encode_prompts.layout}"
             )
     unet = load_part(diffusers.UNet2DConditionModel, args, "unet", dtype=dtype)
-    unet.register_to_config(_name_or_path="")  # a local path would travel into every saved config.json
+    unet.register_to_config(_name_or_path="")  # else every saved config.json would contain a local path
     return unet

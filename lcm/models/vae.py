@@ -1,7 +1,10 @@
-"""The VAE, and pictures to latents."""
+"""The VAE, and the encoding of pictures to latents."""
+
+from argparse import Namespace
 
 import diffusers
 import torch
+from accelerate import Accelerator
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from lcm.errors import UserError
@@ -9,10 +12,10 @@ from lcm.models.loading import OPTION, load_part
 from lcm.models.unet import unet_config
 
 
-def load_vae(args, accelerator, dtype):
-    """The VAE, frozen: the teacher's, or the one given in its place.
+def load_vae(args: Namespace, accelerator: Accelerator, dtype: torch.dtype) -> diffusers.AutoencoderKL:
+    """The frozen VAE: the teacher's, or that of --pretrained_vae_model_name_or_path.
 
-    Raises UserError if its latents do not fit, or if it is not for pictures in RGB.
+    Raises UserError if its latents do not fit the U-Net, or if it is not for RGB pictures.
     """
     path = args.pretrained_vae_model_name_or_path
     vae = load_part(diffusers.AutoencoderKL, args, None if path else "vae", path, dtype=dtype)
@@ -21,17 +24,19 @@ def load_vae(args, accelerator, dtype):
     if (vae.config.in_channels, vae.config.out_channels) != (3, 3):
         raise UserError(
             f"{option}: the VAE takes {vae.config.in_channels} channels and gives {vae.config.out_channels}; "
-            "allowed: 3 and 3, as pictures have"
+            "allowed: 3 and 3, for RGB pictures"
         )
     if expected != found:
         raise UserError(f"{option}: the VAE has latents of {found} channels; allowed: {expected}, as the U-Net has")
     return vae.requires_grad_(False).eval().to(accelerator.device)
 
 
-def encode_pixels(vae, pixels, batch_size, generator):
+def encode_pixels(
+    vae: diffusers.AutoencoderKL, pixels: torch.Tensor, batch_size: int, generator: torch.Generator
+) -> torch.Tensor:
     """z_0: a scaled sample of the VAE's posterior. `pixels` (B, 3, H, W) in [-1, 1]; returns (B, C, h, w) float32.
 
-    `batch_size` pictures are encoded at once. The noise is drawn for all B together, so that it does not depend on it.
+    Encodes `batch_size` pictures at once. The noise is drawn once for all B, so it does not depend on `batch_size`.
     """
     moments = [vae.encode(part.to(vae.dtype)).latent_dist.parameters for part in pixels.split(batch_size)]
     return DiagonalGaussianDistribution(torch.cat(moments)).sample(generator).float() * vae.config.scaling_factor

@@ -4,6 +4,8 @@ The tables name what other libraries do. Losses and prediction types are ours: `
 same names.
 """
 
+from typing import Any
+
 LOSSES = ("l2", "huber")  # computed by lcm_common.consistency_loss
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # of a teacher; converted by lcm_common.predicted_origin
 PRECISIONS = ("no", "fp16", "bf16")  # those of accelerate that the scripts can train in
@@ -32,7 +34,7 @@ INTERPOLATIONS = {
 }
 
 # Samplers: the class in diffusers, and the settings that are not the teacher's.
-SAMPLERS = {
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddim-trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
     "dpm++": ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading"}),

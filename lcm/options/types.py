@@ -5,6 +5,8 @@ import difflib
 import math
 import os
 import re
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from lcm.secrets import redact
 
@@ -12,12 +14,12 @@ from lcm.secrets import redact
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line that begins with the option."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (--\w+)(/[^:]+)?: ", r"\1: ", message)
         message = re.sub(r"^the following arguments are required: (.+)$", r"\1: required, but not given", message)
         message = re.sub(r"^(--\w+): ignored explicit argument (.+)$", r"\1: \2 given; allowed: no value", message)
         ambiguous = re.match(r"^ambiguous option: ([^\s=]+)\S* could match (.+)$", message)
-        if ambiguous:  # without the value, which may be a token
+        if ambiguous:  # the value is left out: it may be a token
             message = f"{ambiguous[1]}: ambiguous; allowed: {ambiguous[2]}"
         unknown = re.match(r"^unrecognized arguments: (\S+)", message)
         if unknown:
@@ -28,25 +30,28 @@ class Parser(argparse.ArgumentParser):
 
 
 class Options(argparse.Namespace):
-    """A script's options, as `vars()` has them; and beside them, for a resume: the file name of the `script`, the
-    parser's `defaults` by name, and the names of those `left_at_default`, also where a value is filled in later."""
+    """A script's options; `vars()` gives only these. A resume also needs three things: the file name of the `script`,
+    the parser's `defaults` by name, and the names of the options `left_at_default`, even if they are set later."""
 
+    defaults: dict[str, Any]
+    left_at_default: set[str]
+    script: str
     __slots__ = ("defaults", "is_frozen", "left_at_default", "script")
 
-    def freeze(self):
-        """From now on setting an option raises AttributeError."""
+    def freeze(self) -> None:
+        """Make every later change of an option an AttributeError."""
         self.is_frozen = True
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if getattr(self, "is_frozen", False):
             raise AttributeError(f"{name}: options do not change once they are parsed")
         super().__setattr__(name, value)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's line breaks and adds each default that is worth saying."""
+    """Keeps the description's line breaks and adds the defaults, except None and False."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.required:
             return action.help
         if isinstance(action.default, list):
@@ -55,13 +60,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
-def integer(low, high=None):
+def integer(low: int, high: int | None = None) -> Callable[[str], int]:
     """An argparse type: an integer in [low, high]."""
     allowed = f"an integer from {low} to {high}" if high is not None else f"an integer of at least {low}"
 
-    def parse(text):
+    def parse(text: str) -> int:
         try:
-            value = int(text)
+            value: int | None = int(text)
         except ValueError:
             value = None
         if value is None or value < low or (high is not None and value > high):
@@ -71,12 +76,14 @@ def integer(low, high=None):
     return parse
 
 
-def number(low, high=math.inf, below=math.inf, above=-math.inf):
+def number(
+    low: float, high: float = math.inf, below: float = math.inf, above: float = -math.inf
+) -> Callable[[str], float]:
     """An argparse type: a finite number in [low, high], smaller than `below` and larger than `above`."""
     upper = f" and at most {high:g}" if high < math.inf else f" and less than {below:g}" if below < math.inf else ""
     allowed = (f"a number larger than {above:g}" if above > -math.inf else f"a number of at least {low:g}") + upper
 
-    def parse(text):
+    def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
@@ -88,7 +95,7 @@ def number(low, high=math.inf, below=math.inf, above=-math.inf):
     return parse
 
 
-def sizes(value):
+def sizes(value: str) -> list[tuple[int, int]]:
     """An argparse type: `1024x1024,1280x768` or `1024` as a list of (width, height) in pixels, multiples of 8."""
     found = [re.fullmatch(r"(\d+)(?:x(\d+))?", part.strip()) for part in value.split(",")]
     pairs = [(int(match[1]), int(match[2] or match[1])) for match in found if match]
@@ -99,20 +106,20 @@ def sizes(value):
     return pairs
 
 
-def text(value):
-    """An argparse type: some text. An empty one is most often a variable of the shell that is not set."""
+def text(value: str) -> str:
+    """An argparse type: some text. An empty value is most often a shell variable that is not set."""
     if not value.strip():
         raise argparse.ArgumentTypeError(f"{value!r} given; allowed: some text")
     return value
 
 
-def names(value):
-    """An argparse type: names joined by commas."""
+def names(value: str) -> str:
+    """An argparse type: names joined by commas; returned as given."""
     if not all(name.strip() for name in value.split(",")):
         raise argparse.ArgumentTypeError(f"{value!r} given; allowed: names joined by commas, none of them empty")
     return value
 
 
-def make_parser(description, script=None):
-    """An empty parser with the script's docstring as its description, and its file name as the program's."""
+def make_parser(description: str | None, script: str | None = None) -> Parser:
+    """A parser without options; `description` is the script's docstring, and `script` its path."""
     return Parser(script and os.path.basename(script), description=description, formatter_class=HelpFormatter)

@@ -23,11 +23,12 @@ def teacher_name(args: Options) -> str:
     teacher = args.pretrained_teacher_model
     if not os.path.isdir(teacher):
         return teacher
-    *_, parent, name = "/", *os.path.abspath(teacher).strip("/").split("/")
-    cached = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+$", os.path.abspath(teacher))
+    path = os.path.abspath(teacher)
+    parent, name = os.path.basename(os.path.dirname(path)), os.path.basename(path)
+    cached = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+$", path)
     if cached:
         return f"{cached[1]}/{cached[2]}"
-    return f"{parent}/{name}" if re.fullmatch(GENERIC_NAMES, name, re.IGNORECASE) and parent != "/" else name
+    return f"{parent}/{name}" if re.fullmatch(GENERIC_NAMES, name, re.IGNORECASE) and parent else name
 
 
 def base_licence(args: Options) -> str | None:
@@ -48,14 +49,17 @@ def report_name(folder: str, kind: str) -> str:
 
     It is the first name that is free, or whose file has the `mark` of that kind.
     """
-    names = itertools.chain(["README.md", f"{kind}.md"], (f"{kind}-{i}.md" for i in itertools.count(2)))
-    for name in names:
+
+    def can_be_written(name: str) -> bool:
         path = os.path.join(folder, name)
         if not os.path.lexists(path):
-            return name
+            return True
         with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-            if mark(kind) in file.read().splitlines():
-                return name
+            return mark(kind) in file.read().splitlines()
+        return False
+
+    names = itertools.chain(["README.md", f"{kind}.md"], (f"{kind}-{i}.md" for i in itertools.count(2)))
+    return next(filter(can_be_written, names))
 
 
 def model_card(
@@ -87,8 +91,8 @@ def model_card(
         "seed": plan.seed,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in options.items())
-    first, *others = pictures["validation"] or [None]
-    validation = f"\n![Validation pictures]({first})\n" if first else ""
+    first, others = pictures["validation"][:1], pictures["validation"][1:]
+    validation = "".join(f"\n![Validation pictures]({address})\n" for address in first)
     if others:
         pages = ", ".join(f"[{number}]({address})" for number, address in enumerate(others, 2))
         validation += f"\nThe other pages of them: {pages}.\n"

@@ -1,19 +1,22 @@
 """The curves of a run as a picture."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 CURVES_FILE = "training.png"
 
 
-def smooth(values):
-    """A running mean over a twentieth of the values, as many as there are."""
+def smooth(values: Sequence[float]) -> np.ndarray:
+    """A running mean of N values over a window of N / 20; returns (N,) float64."""
     width = max(1, len(values) // 20)
     padded = np.pad(np.asarray(values, dtype=float), (width // 2, width - 1 - width // 2), mode="edge")
     return np.convolve(padded, np.ones(width) / width, mode="valid")
 
 
-def draw_curve(axes, rows, name, **style):
-    """One metric over the optimizer steps; where it is noisy its running mean, over the values themselves in pale."""
+def draw_curve(axes: Any, rows: list[dict[str, Any]], name: str, **style: Any) -> None:
+    """Draw the running mean of one metric over the optimizer steps; from 40 values on, also the values in pale."""
     points = [(row["step"], row[name]) for row in rows if name in row]
     steps, values = zip(*points, strict=True)
     marker = "o" if len(points) == 1 else ""
@@ -22,15 +25,15 @@ def draw_curve(axes, rows, name, **style):
         axes.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=0.8)
 
 
-def timesteps(name):
-    """`loss_by_timestep/000-249` as a reader wants it."""
+def timesteps(name: str) -> str:
+    """The label of a curve: `loss_by_timestep/000-249` becomes `t from 0 to 249`."""
     first, last = name.rpartition("/")[2].split("-")
     return f"t from {int(first)} to {int(last)}"
 
 
-def draw_curves(rows, path):
-    """Draw `metrics.jsonl`, as a list of dicts, to a picture: the loss, the loss by timestep, the gradients' norm."""
-    from matplotlib.figure import Figure  # its memory is not needed before the end
+def draw_curves(rows: list[dict[str, Any]], path: str) -> None:
+    """Draw the rows of `metrics.jsonl` to a picture file: the loss, the loss by timestep, the gradient norm."""
+    from matplotlib.figure import Figure  # imported late: it takes memory, and is only needed at the end
 
     figure = Figure(figsize=(12, 3.4), dpi=100, layout="constrained")
     loss, by_timestep, gradients = figure.subplots(1, 3)

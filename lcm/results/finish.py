@@ -120,7 +120,7 @@ class Results:
         }
         names = {what: [*paths] for what, paths in pictures.items()}
         card = model_card(self.args, self.plan, self.networks, code, steps, names)
-        files = {
+        files: dict[str, str | bytes] = {
             **self.networks.pushed_files(output_dir),
             "scheduler/scheduler_config.json": os.path.join(output_dir, "scheduler", "scheduler_config.json"),
             **pictures["validation"],

@@ -55,9 +55,7 @@ class TrainingState:
 class Checkpoints:
     """Saves and restores the TrainingState of one run. All processes call all methods."""
 
-    def __init__(
-        self, accelerator: Accelerator, args: Options, plan: Plan, trackers: Trackers, state: TrainingState
-    ):
+    def __init__(self, accelerator: Accelerator, args: Options, plan: Plan, trackers: Trackers, state: TrainingState):
         self.accelerator, self.args, self.plan, self.trackers = accelerator, args, plan, trackers
         self.networks, self.optimizer, self.lr_scheduler = state.networks, state.optimizer, state.lr_scheduler
         self.data, self.sampler = state.data, state.sampler

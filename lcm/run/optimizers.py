@@ -13,7 +13,6 @@ from lcm.options.types import Options
 logger = logging.getLogger(__name__)
 
 
-
 def make_optimizer(args: Options, plan: Plan, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW, or bitsandbytes' 8-bit AdamW. Logs the effective learning rate."""
     rate = args.learning_rate

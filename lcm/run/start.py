@@ -24,7 +24,6 @@ from lcm.run.resume import check_resume, stored_seed
 logger = logging.getLogger(__name__)
 
 
-
 def start(args: Options, can_shard: bool = False) -> tuple[Accelerator, Plan]:
     """(Accelerator, Plan) of a run, with logs set up, seeds set, and the output folder made.
 

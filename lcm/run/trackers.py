@@ -7,7 +7,7 @@ ends a run.
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -94,7 +94,7 @@ class Trackers:
         if tracker.name in RUNS:
             self.runs[tracker.name] = RUNS[tracker.name][0](tracker)
 
-    def log(self, scalars: dict[str, float], step: int) -> None:
+    def log(self, scalars: Mapping[str, float], step: int) -> None:
         """Log a dict of numbers."""
         self.each(lambda tracker: tracker.log(scalars, step=step))
 
@@ -104,7 +104,7 @@ class Trackers:
             if not takes_pictures(tracker) and tracker.name not in self.told:
                 logger.info("--report_to: pictures do not go to %s; see %s", tracker.name, self.args.output_dir)
                 self.told.add(tracker.name)
-        self.each(lambda tracker: takes_pictures(tracker) and log_pictures(tracker, pictures, step))
+        self.each(lambda tracker: log_pictures(tracker, pictures, step) if takes_pictures(tracker) else None)
 
     def finish(self) -> None:
         """End the trackers' runs. `Accelerator.end_training` would end the process group too."""

@@ -189,4 +189,4 @@ def test_a_data_worker_that_died_is_started_anew_at_its_place(messy_shards, capl
                 time.sleep(0.001)
     batches.close()
     assert frozen(seen) == frozen(expected) and data.state_dict() == whole.state_dict()
-    assert "starting all of them anew" in caplog.text
+    assert "restarting all of them" in caplog.text

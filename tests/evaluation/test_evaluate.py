@@ -642,7 +642,7 @@ def test_a_teacher_without_betas(error, home, tmp_path):
         ({"feature_network": "inception"}, "--feature_network: inception given", "torch_fidelity is not installed", 2),
         ({"feature_network": "{home}/metrics.py:nothing"}, "--feature_network: cannot load", "nothing", 1),
         ({"feature_network": "no.such.module:f"}, "--feature_network: cannot load", "No module named", 1),
-        ({"feature_network": "{home}/metrics.py:number"}, "--feature_network: ", "number' is no function", 1),
+        ({"feature_network": "{home}/metrics.py:number"}, "--feature_network: ", "number' is not a function", 1),
         ({"feature_network": "{home}/metrics.py:flat"}, "--feature_network: ", "shape (2,); allowed: ", 1),
         ({"extra_metric": "accuracy"}, "--extra_metric: 'accuracy' given", "FILE.py:NAME", 2),
         ({"extra_metric": "{home}/metrics.py:broken"}, "--extra_metric: ", "ValueError: no such luck", 1),

@@ -115,7 +115,7 @@ def test_a_foreign_file_of_metrics_is_set_aside(sd, tmp_path, capfd):
         (tmp_path / "metrics.jsonl").write_text(content)
         capfd.readouterr()
         sd.main(tmp_path, "--max_train_steps=3", "--resume_from_checkpoint=latest")
-        assert f"{others} line(s) of {tmp_path}/metrics.jsonl are no metrics of a run" in capfd.readouterr().err
+        assert f"{others} line(s) of {tmp_path}/metrics.jsonl are not metrics of a run" in capfd.readouterr().err
         assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
     assert (tmp_path / "metrics.jsonl.1").read_text() == own + foreign
     assert (tmp_path / "metrics.jsonl.2").read_text() == own + "{}"
