@@ -5,7 +5,12 @@ import importlib
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import tarfile
+import tempfile
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +32,12 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO_TEACHER = ROOT / "demo" / "teacher"
 
 
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of xdist, which would begin with the files of most tests
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.parent.name != "scripts")  # the longest files first
     if not torch.cuda.is_available():
         for item in items:
             if "cuda" in item.keywords:
@@ -228,6 +238,54 @@ def write_shards(folder, num_shards=3, samples_per_shard=10, size=(20, 24), seed
 def shards(tmp_path_factory):
     """The pattern of three shards of ten random 24x20 pictures."""
     return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def clean_shards(tmp_path_factory):
+    """Five shards of four samples with captions "picture <shard> <index>"."""
+    folder = tmp_path_factory.mktemp("clean")
+    write_shards(folder, num_shards=5, samples_per_shard=4)
+    return [str(path) for path in sorted(folder.iterdir())]
+
+
+@pytest.fixture
+def watchdog():
+    """Fails a test that hangs. pytest's failure is no Exception, so that no reader's handler can swallow it."""
+
+    def give_up(*_):
+        pytest.fail("it hangs")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def forked(call, new_session=False):
+    """What `subprocess.run` returns of a process that calls `call`; forked from this one, which spares the imports."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                if new_session:
+                    os.setsid()
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                with open(1, "w", closefd=False) as sys.stdout, open(2, "w", 1, closefd=False) as sys.stderr:
+                    call()
+                status = 0
+            except SystemExit as end:
+                status = int(end.code or 0)
+            except BaseException:
+                os.write(2, traceback.format_exc().encode())
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
+    return subprocess.CompletedProcess(call, os.waitstatus_to_exitcode(status), *texts)
 
 
 def sd_options(teacher, shards, output_dir, *more):

@@ -1,45 +1,38 @@
 """A run that is told to stop saves a checkpoint and ends; told twice, it ends at once."""
 
+import importlib
+import os
 import signal
-import subprocess
-import sys
+from functools import reduce
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, Script
-
-from lcm.run import signals as lcm_signals
-
-# Raises a signal inside step 3, to this process or to its whole group, as a terminal and SLURM do.
-SIGNALLED = """
-import importlib, os, signal, sys
+from conftest import SCRIPTS, Script, forked
 
 from lcm.run import progress
-
-script, name, whom, *options = sys.argv[1:]
-number, add_loss = getattr(signal, name), progress.Progress.add_losses
-calls = []
-
-def add_loss_and_signal(self, *args):
-    add_loss(self, *args)
-    calls.append(1)
-    if len(calls) == 5:
-        os.kill(os.getpid(), number) if whom == "process" else os.killpg(0, number)
-    if len(calls) == 5 and whom == "twice":
-        os.kill(os.getpid(), number)
-
-progress.Progress.add_losses = add_loss_and_signal
-importlib.import_module(script).main(options)
-"""
+from lcm.run import signals as lcm_signals
 
 OPTIONS = ["--max_train_steps=5", "--gradient_accumulation_steps=2", "--dataloader_num_workers=2", "--random_flip"]
 
 
 def run(script, folder, name, whom):
-    return subprocess.run(
-        [sys.executable, "-c", SIGNALLED, script.path.stem, name, whom, *script.options(folder, *OPTIONS)],
-        cwd=ROOT, capture_output=True, text=True, check=False, start_new_session=True,
-    )  # fmt: skip
+    """A run that gets a signal inside step 3: its process, or its whole group, as from a terminal and SLURM."""
+
+    def signalled():
+        number, add_losses, calls = getattr(signal, name), progress.Progress.add_losses, []
+
+        def add_losses_and_signal(self, *args):
+            add_losses(self, *args)
+            calls.append(1)
+            if len(calls) == 5:
+                os.kill(os.getpid(), number) if whom == "process" else os.killpg(0, number)
+            if len(calls) == 5 and whom == "twice":
+                os.kill(os.getpid(), number)
+
+        progress.Progress.add_losses = add_losses_and_signal
+        script.main(folder, *OPTIONS)
+
+    return forked(signalled, new_session=True)
 
 
 @pytest.mark.parametrize(
@@ -84,26 +77,6 @@ def test_a_second_signal_ends_at_once(teacher, shards, tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-# The same in what a run does after its last step.
-SIGNALLED_AT_THE_END = """
-import importlib, os, signal, sys
-
-script, name, module, method, *options = sys.argv[1:]
-owner = importlib.import_module(module)
-*classes, method = method.split(".")
-for part in classes:
-    owner = getattr(owner, part)
-original = getattr(owner, method)
-
-def signal_first(*args, **kwargs):
-    os.kill(os.getpid(), getattr(signal, name))
-    return original(*args, **kwargs)
-
-setattr(owner, method, signal_first)
-importlib.import_module(script).main(options)
-"""
-
-
 @pytest.mark.parametrize(
     ("name", "number", "module", "method"),
     [
@@ -117,11 +90,20 @@ def test_a_signal_after_the_last_step_lets_the_results_be_written(
 ):
     """And says so: no checkpoint is promised, none is saved."""
     script = Script(name, teacher, shards, SCRIPTS[name])
-    done = subprocess.run(
-        [sys.executable, "-c", SIGNALLED_AT_THE_END, script.path.stem, number, module, method,
-         *script.options(tmp_path, "--max_train_steps=1")],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+
+    def signalled():
+        *path, last = method.split(".")
+        owner = reduce(getattr, path, importlib.import_module(module))
+        original = getattr(owner, last)
+
+        def signal_first(*args, **kwargs):
+            os.kill(os.getpid(), getattr(signal, number))
+            return original(*args, **kwargs)
+
+        setattr(owner, last, signal_first)
+        script.main(tmp_path, "--max_train_steps=1")
+
+    done = forked(signalled)
     assert done.returncode == 0, done.stderr
     assert f"{number}: all steps are done; finishing pictures, results and uploads; once more ends" in done.stderr
     assert "checkpoint" not in done.stderr and "Stopped" not in done.stderr and "Trained to step 1" in done.stdout

@@ -125,8 +125,7 @@ def check_that_ddp_is_gone():
     torch.distributed.destroy_process_group = checked
 
 
-if __name__ == "__main__":
-    kind, script, *options = sys.argv[1:]
+def main(kind, script, options):
     if kind == "fsdp":
         Accelerator.prepare = prepare_sharded
         networks.shard_like_student = shard_target
@@ -135,3 +134,7 @@ if __name__ == "__main__":
     record_gradients()
     check_that_ddp_is_gone()
     importlib.import_module(script).main(options)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -1,34 +1,65 @@
 """Several processes, for real, on a CPU by gloo: DistributedDataParallel and FSDP2."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
+import distributed_run
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT, SCRIPTS, Script
 from PIL import Image
 from safetensors.torch import load_file
 
 PROGRAM = ROOT / "tests" / "scripts" / "distributed_run.py"
-
-
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 # With --cpu accelerate would start one process, however many are asked for.
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
               "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]  # fmt: skip
+USE_CPU = {"ACCELERATE_USE_CPU": "true"}
 
 
-def run(kind, script, folder, *more, launcher=TORCHRUN):
-    """A finished run of the program's KIND, of two processes unless `launcher` is empty."""
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def run(kind, script, folder, *more, launcher):
+    """A finished run of the program's KIND, as users start it."""
+    env = {**os.environ, **USE_CPU, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *launcher, str(PROGRAM), kind, script.path.stem, *script.options(folder, *more)],
         cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_forked(kind, script, folder, *more, num_processes=2):
+    """The same in forked processes, which spares the imports, with the variables that `torchrun` sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def one(rank):
+        os.environ.update(USE_CPU)
+        if num_processes > 1:
+            os.environ.update(meeting, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_processes),
+                              LOCAL_WORLD_SIZE=str(num_processes))  # fmt: skip
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        distributed_run.main(kind, script.path.stem, script.options(folder, *more))
+
+    fork = multiprocessing.get_context("fork").Process
+    processes = [fork(target=one, args=(rank,)) for rank in range(num_processes)]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(300)
+            assert process.exitcode == 0
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def killed_after_step_2(finished, folder):
@@ -62,7 +93,7 @@ def assert_same(a, b):
 def test_two_processes_have_the_gradient_of_twice_the_batch(sd, ddp, tmp_path):
     """The same samples, noise, timesteps and guidance, as two halves or as one batch; and so the logged loss, which is
     the mean over processes."""
-    run("joint", sd, tmp_path, "--train_batch_size=4", launcher=[])
+    run_forked("joint", sd, tmp_path, "--train_batch_size=4", num_processes=1)
     for name, value in metrics(tmp_path)[0].items():
         if "loss" in name or name == "gradient_norm":
             assert metrics(ddp)[0][name] == pytest.approx(value, rel=1e-3)
@@ -77,9 +108,12 @@ def test_two_processes_have_the_gradient_of_twice_the_batch(sd, ddp, tmp_path):
 def test_two_processes_resume_bit_for_bit(name, teacher, sdxl_teacher, shards, tmp_path):
     script = Script(name, sdxl_teacher if "sdxl" in name else teacher, shards, SCRIPTS[name])
     more = ["--checkpointing_steps=2", "--dataloader_num_workers=1", "--random_flip"]
-    run("ddp", script, tmp_path / "unbroken", *more)
+    if name == "sd":
+        run("ddp", script, tmp_path / "unbroken", *more, launcher=TORCHRUN)
+    else:
+        run_forked("ddp", script, tmp_path / "unbroken", *more)
     resumed = killed_after_step_2(tmp_path / "unbroken", tmp_path / "resumed")
-    run("ddp", script, resumed, *more, "--resume_from_checkpoint=latest")
+    run_forked("ddp", script, resumed, *more, "--resume_from_checkpoint=latest")
     assert_same(script.weights(tmp_path / "unbroken"), script.weights(resumed))
 
 
@@ -94,7 +128,7 @@ def test_another_number_of_processes_with_the_override(sd, ddp, tmp_path):
     folder = killed_after_step_2(ddp, tmp_path)
     more = ["--checkpointing_steps=2", "--resume_from_checkpoint=latest", "--resume_with_changed_options"]
     sd.main(folder, *more, "--scale_lr")
-    run("ddp", sd, folder, *more, "--scale_lr", "--max_train_steps=6")
+    run_forked("ddp", sd, folder, *more, "--scale_lr", "--max_train_steps=6")
     states = [json.loads((folder / f"checkpoint-{n}/training_state.json").read_text())["data"] for n in (2, 4, 6)]
     assert [len(state) for state in states] == [2, 1, 2]
     assert [sum(process["num_used"] for process in state) for state in states] == [8, 12, 20]
@@ -107,9 +141,9 @@ def test_fsdp_trains_saves_resumes_and_exports(sd, ddp, tmp_path):
     """As DistributedDataParallel to rounding, resumed bit for bit; whole weights that diffusers loads; pictures."""
     from diffusers import UNet2DConditionModel
 
-    run("fsdp", sd, tmp_path / "unbroken", "--checkpointing_steps=2")
+    run("fsdp", sd, tmp_path / "unbroken", "--checkpointing_steps=2", launcher=TORCHRUN)
     resumed = killed_after_step_2(tmp_path / "unbroken", tmp_path / "resumed")
-    run("fsdp", sd, resumed, "--checkpointing_steps=2", "--resume_from_checkpoint=latest")
+    run_forked("fsdp", sd, resumed, "--checkpointing_steps=2", "--resume_from_checkpoint=latest")
     unbroken = sd.weights(tmp_path / "unbroken")
     assert_same(unbroken, sd.weights(resumed))
     for name, tensor in sd.weights(ddp).items():

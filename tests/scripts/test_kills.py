@@ -10,7 +10,7 @@ import signal
 import sys
 
 import torch
-from conftest import EVERYTHING_AT_RANDOM
+from conftest import EVERYTHING_AT_RANDOM, forked
 
 from lcm.models import family
 from lcm.run import progress
@@ -27,25 +27,19 @@ OPTIONS = [
 
 
 def run(script, folder, kill_at=None):
-    """Run a script in a forked process, which spares the imports, and kill it at that moment, counted from 1.
+    """Run a script in a process of its own, and kill it at that moment, counted from 1.
 
     Returns the names of the moments that it came to.
     """
-    log = os.open(folder.parent / f"{folder.name}.moments", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            lead_a_dangerous_life(folder, log, kill_at)
-            script.main(folder, *OPTIONS)
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(log)
-    _, status = os.waitpid(child, 0)
-    expected = 0 if kill_at is None else -signal.SIGKILL
-    assert os.waitstatus_to_exitcode(status) == expected
-    return (folder.parent / f"{folder.name}.moments").read_text().splitlines()
+    log = folder.parent / f"{folder.name}.moments"
+
+    def watched():
+        lead_a_dangerous_life(folder, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), kill_at)
+        script.main(folder, *OPTIONS)
+
+    done = forked(watched)
+    assert done.returncode == (0 if kill_at is None else -signal.SIGKILL), done.stderr
+    return log.read_text().splitlines()
 
 
 def lead_a_dangerous_life(folder, log, kill_at):

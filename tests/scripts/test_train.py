@@ -1,14 +1,17 @@
 """The four scripts, run for real on tiny models: in process and by `accelerate launch`."""
 
 import json
+import os
 import re
+import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from conftest import EVERYTHING_AT_RANDOM, ROOT, make_sdxl_teacher, sd_options, write_shards, write_tar
+from conftest import EVERYTHING_AT_RANDOM, ROOT, forked, hub, make_sdxl_teacher, sd_options, write_shards, write_tar
 from hub_server import HubServer, client_env
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,8 +23,6 @@ from lcm.pictures import validation
 from lcm.run import checkpoints, progress, resume
 from lcm.run import start as lcm_start
 from train_lcm_distill_sd_wds import load_networks, main, parse_args
-
-SCRIPT = ROOT / "train_lcm_distill_sd_wds.py"
 
 
 def weights(folder, name="unet_target"):
@@ -164,17 +165,17 @@ def test_moving_average_lags_behind_the_student(script, output):
     assert len(pairs) > 50 and any(not torch.equal(a, b) for a, b in pairs)
 
 
-def test_closing_lines_can_be_run(script, tmp_path, capsys):
+def test_closing_lines_can_be_run(script, tmp_path, capsys, monkeypatch):
     script.main(tmp_path)
     printed = capsys.readouterr().out
     assert "Trained to step 4" in printed and "skipped: none" in printed
     assert all(str(tmp_path / name) in printed for name in OUTPUTS[script.name])
     code = printed[printed.index("import torch") :]
     assert code.strip() in (tmp_path / "README.md").read_text()
-    picture = tmp_path / "elsewhere" / "lcm.png"
-    picture.parent.mkdir()
-    run_python("-c", code, cwd=picture.parent)  # as it stands
-    assert Image.open(picture).size == (16, 16)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    exec(code, {})  # as it stands
+    assert Image.open("lcm.png").size == (16, 16)
 
 
 # The networks.
@@ -336,20 +337,6 @@ def test_same_seed_same_weights_with_two_workers(script, tmp_path):
     assert any(not torch.equal(other[name], same[name]) for name in same)
 
 
-KILLED_AT = """
-import importlib, os, signal, sys
-
-step = progress.Progress.step
-
-def step_or_die(self, number, rate):
-    if number == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    step(self, number, rate)
-
-progress.Progress.step = step_or_die
-importlib.import_module(sys.argv[1]).main(sys.argv[3:])
-"""
-
 UNBROKEN = ["--max_train_steps=9", "--checkpointing_steps=2", *EVERYTHING_AT_RANDOM]
 
 
@@ -359,13 +346,24 @@ def test_killed_and_resumed_equals_unbroken(script, tmp_path):
     With accumulation, two workers, flips and dropped captions; the LoRA has dropout, or a moving average.
     """
     script.main(tmp_path / "unbroken", *UNBROKEN)
-    options = script.options(tmp_path / "killed", *UNBROKEN)
-    for step in (1, 5):
-        killed = run_python("-c", KILLED_AT, script.path.stem, step, *options, check=False)
+
+    def killed_at(number):
+        step = progress.Progress.step
+
+        def step_or_die(self, *args):
+            if args[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            step(self, *args)
+
+        progress.Progress.step = step_or_die
+        script.main(tmp_path / "killed", *UNBROKEN)
+
+    for number in (1, 5):
+        killed = forked(partial(killed_at, number))
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     found = {path.name for path in (tmp_path / "killed").iterdir()}
     assert {"checkpoint-2", "checkpoint-4"} <= found and not found & OUTPUTS[script.name]
-    run_python(script.path, *options)
+    script.main(tmp_path / "killed", *UNBROKEN)
     assert_same_outputs(script, tmp_path / "killed", tmp_path / "unbroken")
 
 
@@ -504,27 +502,23 @@ def test_failed_pictures_cost_nothing_but_pictures(teacher, shards, tmp_path, mo
     assert_same_weights(tmp_path / "without", tmp_path / "with")
 
 
-DISK_FULL = """
-import resource, signal, sys
-from train_lcm_distill_sd_wds import main
-
-save = checkpoints.Checkpoints.save
-
-def save_on_a_full_disk(self, step):
-    if step == 4:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    save(self, step)
-
-checkpoints.Checkpoints.save = save_on_a_full_disk
-main(sys.argv[1:])
-"""
-
-
 def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(teacher, shards, tmp_path):
     """No file can grow past 100 kB while the second checkpoint is written: the libraries' own errors, for real."""
     more = ["--checkpointing_steps=2", "--checkpoints_total_limit=1"]
-    done = run_python("-c", DISK_FULL, *sd_options(teacher, shards, tmp_path, *more), check=False)
+
+    def on_a_full_disk():
+        save = checkpoints.Checkpoints.save
+
+        def save_on_a_full_disk(self, step):
+            if step == 4:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+            save(self, step)
+
+        checkpoints.Checkpoints.save = save_on_a_full_disk
+        main(sd_options(teacher, shards, tmp_path, *more))
+
+    done = forked(on_a_full_disk)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("--output_dir: cannot write")
     assert "Traceback" not in done.stderr
@@ -573,8 +567,9 @@ def test_half_precision(script, tmp_path, precision):
 # As users start it.
 
 
+@pytest.mark.parametrize("script", ["sd", "lora_sdxl"], indirect=True)
 def test_accelerate_launch(script, tmp_path):
-    """The same weights as the run in process, with a TensorBoard log and pictures."""
+    """The same weights as the run in process, with a TensorBoard log and pictures. The public commands start all."""
     options = script.options(tmp_path / "launched", "--report_to=tensorboard")
     launch = ["-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no",
               "--dynamo_backend=no", "--cpu"]  # fmt: skip
@@ -670,25 +665,26 @@ def test_public_command_and_what_it_pushes(script, tmp_path):
     assert {"checkpoint-2", "checkpoint-4"} | (OUTPUTS[script.name] - {"student"}) <= written
 
 
-def test_interrupted_upload_loses_nothing(teacher, shards, tmp_path):
-    with HubServer() as server:
-        env = client_env(server, tmp_path / "home")
+def test_interrupted_upload_loses_nothing(teacher, shards, tmp_path, capsys):
+    with hub() as server:
         server.fail_next(1, path_contains="/commit/")
-        more = ["--push_to_hub", "--hub_model_id=mine", "--no-hub_private"]
-        options = sd_options(teacher, shards, tmp_path / "out", *more)
-        done = run_python(SCRIPT, *options, env=env, check=False)
-        assert done.returncode == 1
-        assert "--push_to_hub: the upload failed" in done.stderr.splitlines()[-1]
-        assert "Traceback" not in done.stderr
+        more = ["--push_to_hub", "--hub_model_id=mine", "--no-hub_private", f"--hub_token={server.token}"]
+        with pytest.raises(SystemExit) as stop:
+            main(sd_options(teacher, shards, tmp_path / "out", *more))
+        error = capsys.readouterr().err
+        assert stop.value.code == 1
+        assert "--push_to_hub: the upload failed" in error.splitlines()[-1]
+        assert "Traceback" not in error
         assert not server.private("tester/mine")
         assert weights(tmp_path / "out")
 
 
-def test_wrong_token_shows_before_training(teacher, shards, tmp_path):
-    with HubServer() as server:
-        env = {**client_env(server, tmp_path / "home"), "HF_TOKEN": "hf_wrong"}
-        options = sd_options(teacher, shards, tmp_path / "out", "--push_to_hub")
-        done = run_python(SCRIPT, *options, env=env, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("--push_to_hub: cannot make 'out' on the Hub")
-    assert "Steps" not in done.stderr
+def test_wrong_token_shows_before_training(teacher, shards, tmp_path, capsys, monkeypatch):
+    with hub():
+        monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+        with pytest.raises(SystemExit) as stop:
+            main(sd_options(teacher, shards, tmp_path / "out", "--push_to_hub"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert error.splitlines()[-1].startswith("--push_to_hub: cannot make 'out' on the Hub")
+    assert "Steps" not in error
