@@ -1,0 +1,275 @@
+"""The real `train` of a script on a simulated GPU: models from their configuration files, batches of no content."""
+
+import contextlib
+import importlib
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import accelerate
+import accelerate.optimizer
+import diffusers
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from lcm.data.loader import TrainingData
+from lcm.data.order import Position
+from lcm.data.stream import Item
+from lcm.data.tally import Tally
+from lcm.errors import UserError, first_line
+from lcm.models import family, loading
+from lcm.models.lora import AdapterView
+from lcm.models.networks import Networks
+from lcm.pictures.validation import Validation
+from lcm.results.finish import Results
+from lcm.run import start
+from lcm.run.progress import Progress
+from lcm.session import Session
+from lcm.simulation.device import SimulatedCuda
+
+NUM_STEPS = 2  # in the first one the optimizer makes its states; the second one is like all that follow
+
+
+@dataclass
+class Step:
+    """What happened in one optimizer step. Sizes are in bytes."""
+
+    peak: int
+    peak_phase: str
+    at_peak: dict[str, int]  # by owner
+    phase_peaks: dict[str, int]
+    flops: dict[str, dict[str, int]]  # {phase: {dtype: FLOPs}}
+    bytes_moved: dict[str, int]  # by phase
+    waits: list[tuple[str, str, str, int]]  # phase, kind, place, how often
+    float32_places: list[tuple[str, str, int]]  # phase, place, FLOPs
+    float64_places: list[tuple[str, str, int]]  # phase, place, operations
+
+
+@dataclass
+class Record:
+    """What a simulated run did."""
+
+    script: str
+    options: list[str]
+    steps: list[Step] = field(default_factory=list)
+    loaded: int = 0  # bytes before the first step
+    dtypes: dict[str, dict[str, str]] = field(default_factory=dict)  # {network: {argument: dtype}} of each call
+    seconds: float = 0.0
+
+
+def build(loader: Any, option: str, source: str, **kwargs: Any) -> torch.nn.Module:
+    """A network like that of `loading.load_pretrained`, from its configuration file alone. Raises UserError."""
+    subfolder, dtype = kwargs.get("subfolder") or "", kwargs.get("dtype") or torch.float32
+    place = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
+    try:
+        with unset_fake_temporarily():
+            if issubclass(loader, diffusers.ModelMixin):
+                config = loader.load_config(source, subfolder=subfolder, **place)
+            else:
+                config = loader.config_class.from_pretrained(source, subfolder=subfolder, **place)
+        network = loader.from_config(config) if isinstance(config, dict) else loader._from_config(config)
+    except Exception as error:
+        raise UserError(f"{option}: cannot load the configuration of {source!r}: {first_line(error)}") from error
+    return network.to(dtype).eval()
+
+
+def empty_items(data: TrainingData) -> Iterator[Item]:
+    """Items as from the streams, with pictures of zeros."""
+    config = data.config
+    size = (config.batch_size, 3, config.resolution, config.resolution)
+    while True:
+        batch = {
+            "pixels": torch.zeros(size, dtype=torch.uint8),
+            "captions": ["a caption"] * config.batch_size,
+            "original_sizes": torch.full((config.batch_size, 2), config.resolution),
+            "crops": torch.zeros(config.batch_size, 2, dtype=torch.int64),
+        }
+        yield Item(0, Position(), 0, [], batch, Tally(used=config.batch_size))
+
+
+class Simulation:
+    """Runs `train` of a script for NUM_STEPS steps on a simulated device; `record` says what happened."""
+
+    def __init__(self, script: str, options: list[str], with_pictures: bool = False):
+        self.module = importlib.import_module(script)
+        self.options, self.with_pictures = options, with_pictures
+        self.device, self.record = SimulatedCuda(), Record(script, options)
+        self.ledger = self.device.ledger
+
+    def run(self) -> Record:
+        """Run it. Raises UserError for what the script itself refuses."""
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            args = self.module.parse_args(
+                [*self.options, f"--output_dir={folder}", f"--max_train_steps={NUM_STEPS}", "--report_to=none"]
+            )
+            stack.callback(self.device.close)
+            self.patch_inputs()
+            self.patch_numbers()
+            self.patch_phases()
+            stack.enter_context(self.device)
+            self.module.train(args)
+        self.record.seconds = time.perf_counter() - began
+        return self.record
+
+    def patch_inputs(self) -> None:
+        """Networks come from configuration files, batches from `empty_items`; results are not written."""
+        real_load, real_schedule = loading.load_pretrained, family.load_noise_schedule
+
+        def load(loader: Any, option: str, source: str, **kwargs: Any) -> Any:
+            if issubclass(loader, torch.nn.Module):
+                return build(loader, option, source, **kwargs)
+            with unset_fake_temporarily():
+                return real_load(loader, option, source, **kwargs)
+
+        def load_schedule(args: Any) -> Any:
+            with unset_fake_temporarily():
+                return real_schedule(args)
+
+        self.device.patch(loading, "load_pretrained", load)
+        self.device.patch(family, "load_noise_schedule", load_schedule)
+        self.device.patch(start, "expand_shards", lambda patterns: ("simulated.tar",))
+        self.device.patch(TrainingData, "items", empty_items)
+        self.device.patch(Results, "save", lambda *_: None)
+        if not self.with_pictures:
+            self.device.patch(Validation, "run", lambda *_: None)
+            self.device.patch(Validation, "draw_teacher", lambda *_: None)
+
+    def patch_numbers(self) -> None:
+        """Numbers that nobody computes: those of `Progress.check` are finite, and no signal came."""
+        ledger = self.ledger
+
+        def tolist(tensor: FakeTensor) -> list[float]:
+            if tensor.device.type == "cuda":
+                ledger.wait("tolist")
+            return [1.0] * tensor.numel()
+
+        def check(progress: Progress, *args: Any) -> None:
+            with ledger.within("check"):
+                real_check(progress, *args)
+            progress.stopping = False
+
+        self.device.patch(FakeTensor, "tolist", tolist)
+        real_check = self.device.patch(Progress, "check", check)
+
+    def patch_phases(self) -> None:
+        """Name phases and owners of memory, and note what each step did."""
+        device, ledger = self.device, self.ledger
+        device.wrap(family.Family, "latents", "VAE")
+        device.wrap(family.Family, "conditions", "text encoders")
+        device.wrap(accelerate.Accelerator, "backward", "backward")
+        device.wrap(accelerate.Accelerator, "clip_grad_norm_", "clipping")
+        device.wrap(Validation, "run", "validation")
+        device.wrap(Validation, "draw_teacher", "validation")
+        real_prepare, real_optimizer_step = Networks.prepare, accelerate.optimizer.AcceleratedOptimizer.step
+        real_step, real_timed, real_init = Progress.step, Progress.timed, Session.__init__
+
+        def init(
+            session: Session, accelerator: Any, args: Any, plan: Any, parts: Any, networks: Any, *more: Any
+        ) -> None:
+            ledger.assign(tensors_of(parts.vae), "weights of the VAE")
+            encoders = (part for part in parts.encode_prompts.components.values() if isinstance(part, torch.nn.Module))
+            ledger.assign((tensor for part in encoders for tensor in tensors_of(part)), "weights of text encoders")
+            self.name_networks(networks)
+            real_init(session, accelerator, args, plan, parts, networks, *more)
+
+        def prepare(networks: Networks, *args: Any) -> Any:
+            optimizer = real_prepare(networks, *args)
+            ledger.assign(tensors_of(networks.unet), "weights of the student")
+            for parameter in networks.trainable_parameters():
+                ledger.assign([parameter], "weights that are trained")
+                parameter.register_post_accumulate_grad_hook(lambda p: ledger.assign([p.grad], "gradients"))
+            return optimizer
+
+        def optimizer_step(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            with ledger.within("optimizer"):
+                result = real_optimizer_step(optimizer, *args, **kwargs)
+            states = (value for state in optimizer.optimizer.state.values() for value in state.values())
+            ledger.assign((value for value in states if isinstance(value, torch.Tensor)), "states of the optimizer")
+            return result
+
+        def timed(progress: Progress, batches: Iterable[Any]) -> Iterator[Any]:
+            for batch in real_timed(progress, batches):
+                if not self.record.loaded:
+                    self.record.loaded = ledger.current
+                    ledger.phase = "loop"
+                    ledger.start_step()
+                yield batch
+
+        def step(progress: Progress, number: int, learning_rate: float) -> None:
+            self.record.steps.append(self.snapshot())
+            real_step(progress, number, learning_rate)
+            ledger.start_step()
+
+        device.patch(Session, "__init__", init)
+        device.patch(Networks, "prepare", prepare)
+        device.patch(accelerate.optimizer.AcceleratedOptimizer, "step", optimizer_step)
+        device.patch(Progress, "timed", timed)
+        device.patch(Progress, "step", step)
+
+    def name_networks(self, networks: Networks) -> None:
+        """Count each network's calls as a phase, and note the dtypes that it is given and returns."""
+        phases = {"teacher": networks.teacher, "target": networks.target, "student": networks.student}
+        for name, network in phases.items():
+            if isinstance(network, torch.nn.Module):
+                self.ledger.assign(tensors_of(network), f"weights of the {name}")
+
+        def call(phase: str, original: Any, args: Any, kwargs: Any) -> Any:
+            if self.ledger.phase in phases:  # the U-Net inside of a view
+                return original(*args, **kwargs)
+            with self.ledger.within(phase):
+                self.record.dtypes.setdefault(phase, {}).update(dtypes_of(args, kwargs))
+                output = original(*args, **kwargs)
+            self.record.dtypes[phase]["output"] = dtype_of(getattr(output, "sample", output))
+            return output
+
+        for name, network in phases.items():
+            if isinstance(network, AdapterView):
+                continue
+            original = network.forward
+            network.forward = lambda *a, name=name, original=original, **k: call(name, original, a, k)  # type: ignore[misc]
+        views = {id(view): name for name, view in phases.items() if isinstance(view, AdapterView)}
+        if views:
+            original_view = AdapterView.__call__
+            self.device.patch(
+                AdapterView, "__call__", lambda view, *a, **k: call(views[id(view)], original_view.__get__(view), a, k)
+            )
+
+    def snapshot(self) -> Step:
+        """The ledger's figures for the step that has just ended."""
+        ledger = self.ledger
+        return Step(
+            ledger.peak,
+            ledger.peak_phase,
+            positive(ledger.at_peak),
+            dict(ledger.phase_peaks),
+            {phase: dict(flops) for phase, flops in ledger.flops.items()},
+            dict(ledger.bytes_moved),
+            [(*key, count) for key, count in sorted(ledger.waits.items())],
+            [(*key, count) for key, count in ledger.float32_places.most_common()],
+            [(*key, count) for key, count in ledger.float64_places.most_common()],
+        )
+
+
+def positive(sizes: Counter[str]) -> dict[str, int]:
+    """The entries that are not 0, largest first."""
+    return {owner: size for owner, size in sizes.most_common() if size > 0}
+
+
+def tensors_of(network: torch.nn.Module) -> list[torch.Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
+def dtype_of(value: Any) -> str:
+    value = value[0] if isinstance(value, tuple) else value
+    return str(value.dtype).removeprefix("torch.")
+
+
+def dtypes_of(args: Any, kwargs: dict[str, Any]) -> dict[str, str]:
+    """{name of the argument: its dtype} of the tensors of one call of a U-Net."""
+    named = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
+    named |= named.pop("added_cond_kwargs", None) or {}
+    return {name: dtype_of(value) for name, value in named.items() if isinstance(value, torch.Tensor)}
