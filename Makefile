@@ -34,6 +34,7 @@ test-oldest: .venv-oldest/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
 

@@ -27,6 +27,7 @@ import torch
 from hub_server import HubServer
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_TEACHER = ROOT / "demo" / "teacher"
@@ -379,6 +380,12 @@ def script(request, teacher, sdxl_teacher, shards):
     """Each of the four scripts in turn."""
     name = request.param
     return Script(name, sdxl_teacher if "sdxl" in name else teacher, shards, SCRIPTS[name])
+
+
+@pytest.fixture
+def deaths_show_soon(monkeypatch):
+    """torch asks every 5 s whether its data workers are alive; here it asks more often."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
 
 
 @contextlib.contextmanager

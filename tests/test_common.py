@@ -247,12 +247,3 @@ ZERO = torch.zeros(1, dtype=torch.int64)
 def test_errors_name_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_common_imports_torch_and_nothing_else():
-    import ast
-
-    tree = ast.parse(Path(lcm.__file__).read_text())
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert imported == {"torch"}
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]

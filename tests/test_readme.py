@@ -3,12 +3,11 @@
 import argparse
 import importlib
 import re
+import runpy
 import shlex
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, forked
 
 README = (ROOT / "README.md").read_text()
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
@@ -42,9 +41,8 @@ def test_docstrings_commands_are_understood():
 
 
 def test_estimate_of_memory_is_what_the_command_prints():
-    done = subprocess.run(
-        [sys.executable, "benchmarks/estimate.py"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = forked(lambda: runpy.run_path(str(ROOT / "benchmarks" / "estimate.py"), run_name="__main__"))
+    assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
     assert len(rows) == 6
     for label, *figures in rows:

@@ -17,7 +17,7 @@ from conftest import encode_image, write_tar
 from data_tools import CUT_SHORT, GREY, captions, config, frozen, members, shard_of, take
 
 from lcm.data import config as lcm_config
-from lcm.data import loader, samples
+from lcm.data import samples
 from lcm.data.config import DataConfig
 from lcm.data.loader import TrainingData
 from lcm.errors import UserError
@@ -93,11 +93,11 @@ def test_one_good_sample_is_found_by_workers(tmp_path, num_bad, num_processes):
         assert captions(take(data, 3)) == ["good"] * 6
 
 
+@pytest.mark.usefixtures("deaths_show_soon")
 def test_data_workers_that_die_again_and_again_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "transform", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    monkeypatch.setattr(loader, "MAX_DEATHS_IN_A_ROW", 2)  # torch takes 5 s to see each
     data = TrainingData(config(shard_of(tmp_path / "a.tar", "a"), num_workers=1))
-    with pytest.raises(UserError, match=r"^--dataloader_num_workers: data workers died 2 times in a row"):
+    with pytest.raises(UserError, match=r"^--dataloader_num_workers: data workers died 3 times in a row"):
         take(data, 1)
 
 

@@ -175,6 +175,7 @@ def kill_a_worker():
     multiprocessing.active_children()[0].kill()
 
 
+@pytest.mark.usefixtures("deaths_show_soon")
 @pytest.mark.parametrize("moments", [{0}, {3, 6}])
 def test_a_data_worker_that_died_is_started_anew_at_its_place(messy_shards, caplog, moments):
     run = config(*messy_shards, num_workers=2, batch_size=2, shuffle_buffer_size=3, **RANDOM)

@@ -37,7 +37,7 @@ from lcm_common import guidance_embedding
 
 PROMPTS = ["a red three", "a blue two on a white background", "a green seven"]
 GRID = 10  # points of the grid that was trained, unlike a new LCMScheduler's 50
-METRICS = '''
+METRICS = """
 import torch
 
 
@@ -74,7 +74,7 @@ def not_finite(images, prompts):
 
 
 number = 3
-'''
+"""
 
 
 # Models, and a run of the command.

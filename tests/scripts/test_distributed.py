@@ -154,9 +154,10 @@ def test_fsdp_trains_saves_resumes_and_exports(sd, ddp, tmp_path):
     for folder in ("unet", "unet_target", "checkpoint-4/unet", "checkpoint-4/unet_target"):
         _, info = UNet2DConditionModel.from_pretrained(tmp_path / "unbroken" / folder, output_loading_info=True)
         assert not any(info.values())
-    assert Image.open(tmp_path / "unbroken/validation/step-000004.png").size == Image.open(
-        ddp / "validation/step-000004.png"
-    ).size
+    assert (
+        Image.open(tmp_path / "unbroken/validation/step-000004.png").size
+        == Image.open(ddp / "validation/step-000004.png").size
+    )
     start = load_file(sd.teacher / "unet" / "diffusion_pytorch_model.safetensors")
     trained = load_file(tmp_path / "unbroken/unet/diffusion_pytorch_model.safetensors")
     assert all(not torch.equal(start[name], trained[name]) for name in ("conv_in.weight", "conv_out.weight"))

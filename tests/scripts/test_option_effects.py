@@ -1195,9 +1195,7 @@ def test_timestep_scaling(run, factor):
     done = run(f"--timestep_scaling_factor={factor}")
     assert done.config("scheduler", "scheduler_config.json")["timestep_scaling"] == factor
     assert same(run(), done) == (factor == 10)
-    for (prediction, goal, _), student, target in zip(
-        done.losses, done.student_calls, done.target_calls, strict=True
-    ):
+    for (prediction, goal, _), student, target in zip(done.losses, done.student_calls, done.target_calls, strict=True):
         torch.testing.assert_close(prediction, expected_f(student, factor), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(goal, expected_f(target, factor), rtol=1e-3, atol=1e-4)
 

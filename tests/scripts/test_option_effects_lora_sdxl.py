@@ -180,9 +180,7 @@ def test_the_base_of_a_lora_is_cast_in_any_case(run):
 def layers(run, *endings):
     """The linear and convolutional layers of the teacher's U-Net with one of these endings; all without any."""
     names = [
-        name
-        for name, layer in base_unet(run).named_modules()
-        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+        name for name, layer in base_unet(run).named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
     ]
     return {name for name in names if not endings or any(f".{name}".endswith(f".{ending}") for ending in endings)}
 
