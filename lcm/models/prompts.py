@@ -49,17 +49,15 @@ def load_text_encoder(
     return encoder.requires_grad_(False).eval().to(accelerator.device)
 
 
-def tokenize(
-    tokenizer: transformers.CLIPTokenizer, captions: list[str], device: torch.device
-) -> transformers.BatchEncoding:
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the host on `device`, without waiting for the device."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def tokenize(tokenizer: transformers.CLIPTokenizer, captions: list[str]) -> transformers.BatchEncoding:
     """`input_ids` and `attention_mask`, (B, tokens), padded or cut to `model_max_length` as in diffusers."""
-    return tokenizer(
-        captions,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).to(device)
+    length = tokenizer.model_max_length
+    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
 
 class PromptEncoder:
@@ -94,9 +92,10 @@ class PromptEncoder:
     @torch.no_grad()
     def encode(self, captions: list[str]) -> torch.Tensor:
         """Hidden states (B, tokens, D) of B strings, as in `StableDiffusionPipeline.encode_prompt`."""
-        inputs = tokenize(self.tokenizer, captions, self.text_encoder.device)
+        inputs, device = tokenize(self.tokenizer, captions), self.text_encoder.device
         uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
-        return self.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask if uses_mask else None)[0]
+        mask = send(inputs.attention_mask, device) if uses_mask else None
+        return self.text_encoder(send(inputs.input_ids, device), attention_mask=mask)[0]
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Conditioning, Conditioning]:
         """(cond, uncond) for a batch of B samples: two dicts of U-Net keyword arguments."""
@@ -162,7 +161,7 @@ class SDXLPromptEncoder:
         """The second to last hidden states of both encoders, concatenated (B, tokens, D1 + D2), and the pooled output
         of the second (B, P), as in `StableDiffusionXLPipeline.encode_prompt`."""
         outputs = [
-            encoder(tokenize(tokenizer, captions, encoder.device).input_ids, output_hidden_states=True)
+            encoder(send(tokenize(tokenizer, captions).input_ids, encoder.device), output_hidden_states=True)
             for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
         ]
         return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1].text_embeds
@@ -174,7 +173,7 @@ class SDXLPromptEncoder:
         target = torch.full_like(sizes, self.resolution)
         if self.use_fix_crop_and_size:
             sizes, crops = target, torch.zeros_like(crops)
-        return torch.cat([sizes, crops, target], dim=1).to(self.text_encoders[1].device, torch.float32)
+        return send(torch.cat([sizes, crops, target], dim=1).float(), self.text_encoders[1].device)
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Conditioning, Conditioning]:
         """(cond, uncond) for a batch of B samples: two dicts of U-Net keyword arguments.

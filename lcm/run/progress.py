@@ -153,7 +153,7 @@ class Progress:
         # Set before `received` is read. A signal in between saves a checkpoint that was not announced, never the
         # other way round.
         self.signals.after_loop = step >= self.plan.max_train_steps
-        stop = self.sums.new_tensor([float(self.signals.received is not None)])
+        stop = self.sums.new_full((1,), float(self.signals.received is not None))  # `new_tensor` would wait
         shared = self.accelerator.reduce(torch.cat([self.sums.flatten(), stop]), reduction="sum")
         alike = [gradient_norm]  # equal on all processes
         if averaged and self.is_logged(step):

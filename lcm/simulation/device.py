@@ -1,4 +1,4 @@
-"""A simulated CUDA device: code that asks for "cuda" runs with fake tensors, which have shapes and dtypes, no values."""
+"""A simulated CUDA device. Tensors on it are fake: they have shapes and dtypes, and no values."""
 
 import contextlib
 import sys
@@ -136,8 +136,9 @@ class SimulatedCuda(contextlib.ExitStack):
     def generator_class(self) -> type[torch.Generator]:
         """torch.Generator, which a build without CUDA cannot make for "cuda"; the ledger keeps its device."""
         ledger = self.ledger
+        base: Any = torch._C.Generator
 
-        class Generator(torch._C.Generator):
+        class Generator(base):
             def __new__(cls, device: Any = "cpu") -> "Generator":
                 self = super().__new__(cls, "cpu")  # type: ignore[call-arg]
                 device = torch.device(device)

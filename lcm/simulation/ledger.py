@@ -1,7 +1,7 @@
 """What happens on a simulated CUDA device: memory by owner and phase, FLOPs, waits of the host, wrong devices.
 
-Every operation of torch goes through a Ledger. It relies on FakeTensorMode, below it, for shapes and dtypes; nothing is
-computed. Bytes are counted per storage, rounded up to 512 as in the caching allocator of CUDA.
+Every operation of torch goes through a Ledger. FakeTensorMode, below it, finds shapes and dtypes; nothing is computed.
+Bytes are counted per storage, rounded up to 512 as in the caching allocator of CUDA.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ aten = torch.ops.aten
 
 def place() -> str:
     """The innermost line of this project's code that is running, as file:line."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if name.startswith(OWN) and not name.startswith(HERE):
@@ -143,13 +144,13 @@ class Ledger(TorchDispatchMode):
             if tensor.device.type == "cuda":
                 self.wait("item")
             number = 0.0 if tensor.device.type == "cuda" else 1.0  # 0 overflows, 0 NaNs
-            return (
-                bool(number) if tensor.dtype is torch.bool else number if tensor.is_floating_point() else int(number)
-            )
+            kind = bool if tensor.dtype is torch.bool else float if tensor.is_floating_point() else int
+            return kind(number)
 
     def check_generator(self, func: Any, args: Any, kwargs: Any, on_device: list[torch.Tensor]) -> None:
         """Raise RuntimeError, as CUDA does, if random numbers of the device come from a generator of the host."""
-        generator = kwargs.get("generator") or next((arg for arg in args if isinstance(arg, torch.Generator)), None)
+        generator: Any = kwargs.get("generator")
+        generator = generator or next((arg for arg in args if isinstance(arg, torch.Generator)), None)
         if generator is None or not on_device:
             return
         device = self.generators.get(generator._cdata, generator.device)

@@ -1,0 +1,64 @@
+"""Will it fit? Run a training command on a simulated GPU: no GPU, no weights and no shards are needed.
+
+python dry_run.py train_lcm_distill_lora_sdxl_wds.py \\
+    --pretrained_teacher_model=stabilityai/stable-diffusion-xl-base-1.0 \\
+    --train_shards_path_or_url="path/to/shards/{00000..01099}.tar" \\
+    --mixed_precision=fp16 --gradient_checkpointing --train_batch_size=4
+
+Put it in place of `accelerate launch`. The script's own code runs for two steps with tensors that have shapes and
+dtypes, but no values. Of the teacher only configuration files and tokenizers are read.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+
+from lcm.errors import UserError, run
+from lcm.options.types import make_parser, number
+
+SCRIPTS = [f"train_lcm_distill_{kind}_wds.py" for kind in ("sd", "sdxl", "lora_sd", "lora_sdxl")]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options of this command, and the script with its own."""
+    parser = make_parser(__doc__, __file__)
+    parser.usage = "%(prog)s [--gpu_memory GB] [--pictures] [--json FILE] SCRIPT OPTIONS"
+    add = parser.add_argument
+    add("--gpu_memory", type=number(0, above=0), metavar="GB",
+        help="Memory of the card, in 10^9 bytes: say whether the command fits.")
+    add("--pictures", action="store_true",
+        help="Also draw the validation pictures, whose memory may be the largest. Takes longer.")
+    add("--json", metavar="FILE", help="Also write the figures to a file.")
+    add("script", choices=SCRIPTS, metavar="SCRIPT", help=f"One of {', '.join(SCRIPTS)}.")
+    add("options", nargs=argparse.REMAINDER, metavar="OPTIONS", help="The script's options.")
+    return parser.parse_args(argv)
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    """Simulate the command and print what it needs."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from lcm.simulation.report import describe
+    from lcm.simulation.training import Simulation
+
+    record = Simulation(args.script.removesuffix(".py"), args.options, args.pictures).run()
+    print(describe(record))
+    if args.json:
+        try:
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump(dataclasses.asdict(record), file, indent=2)
+        except OSError as error:
+            raise UserError(f"--json: {error}") from None
+    if args.gpu_memory:
+        peak = max(step.peak for step in record.steps) / 1e9
+        verdict = "fits" if peak <= args.gpu_memory else "does not fit"
+        print(f"\n{peak:.1f} GB {verdict} in {args.gpu_memory:g} GB, before what is not included.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    run(dry_run, parse_args(argv), interrupted="Stopped.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
