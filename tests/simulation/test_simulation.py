@@ -65,12 +65,12 @@ def test_dtypes_of_the_networks(record):
 
 
 def test_matrix_products_are_in_16_bits(record):
-    """Those of the adapters too; nothing is in float64."""
+    """Those of the adapters too. Nothing is in float64, but the one number that torch's gradient scaler inverts so."""
     _, precision, done = record
     for step in done["steps"]:
         for phase in ("teacher", "target", "student", "backward", "text encoders"):
             assert step["flops"][phase].keys() == {HALF[precision]}, phase
-        assert step["float64_places"] == []
+        assert {phase for phase, *_ in step["float64_places"]} <= ({"clipping"} if precision == "fp16" else set())
 
 
 def test_memory_is_given_back(record):
@@ -128,11 +128,12 @@ def test_a_number_that_is_read_in_the_loop(sd, tmp_path):
 
 def test_a_network_that_stays_in_float32(sd, tmp_path):
     def plant():
-        import contextlib
+        import torch
 
-        from accelerate import Accelerator
+        from lcm.models import prompts
 
-        Accelerator.autocast = lambda self: contextlib.nullcontext()
+        prompts.weight_dtype = lambda accelerator: torch.float32
 
     done = simulated(sd, tmp_path, "--mixed_precision=bf16", plant=plant)
-    assert "float32" in done["steps"][-1]["flops"]["target"]
+    assert done["steps"][-1]["flops"]["text encoders"].keys() == {"float32"}
+    assert done["dtypes"]["student"]["encoder_hidden_states"] == "float32"
