@@ -57,7 +57,14 @@ def dry_run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run(dry_run, parse_args(argv), interrupted="Stopped.")
+    args, status = parse_args(argv), 0
+    try:
+        run(dry_run, args, interrupted="Stopped.")
+    except SystemExit as end:
+        status = end.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # the simulated device cannot be taken out of torch again, which would crash in the regular way
 
 
 if __name__ == "__main__":
