@@ -45,7 +45,7 @@ class Session:
         self.accelerator, self.args, self.plan, self.networks = accelerator, args, plan, networks
         enable_memory_savers(args, accelerator, networks)
         self.data = TrainingData(data_config(args, plan, accelerator.process_index), accelerator.device)
-        optimizer = make_optimizer(args, plan, networks.trainable_parameters())
+        optimizer = make_optimizer(args, plan, networks.trainable_parameters(), accelerator.device)
         self.lr_scheduler = make_lr_scheduler(args, plan, optimizer)
         self.optimizer = networks.prepare(accelerator, optimizer)
         sampler = lcm_scheduler(family.noise_schedule, args)
@@ -89,8 +89,11 @@ class Session:
 
     @property
     def step_was_taken(self) -> bool:
-        """Whether the weights have just changed: not while gradients accumulate, nor where fp16 overflowed."""
-        return self.accelerator.sync_gradients and not self.accelerator.optimizer_step_was_skipped
+        """Whether the weights have just changed: not while gradients accumulate, nor if they overflowed fp16.
+
+        `Accelerator.optimizer_step_was_skipped` does not see it if a fused optimizer skips a step.
+        """
+        return self.accelerator.sync_gradients and not self.progress.has_overflowed
 
     def end_step(self) -> None:
         """What follows an optimizer step: learning rate, metrics, and at times a checkpoint and pictures."""

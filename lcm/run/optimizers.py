@@ -13,20 +13,27 @@ from lcm.options.types import Options
 logger = logging.getLogger(__name__)
 
 
-def make_optimizer(args: Options, plan: Plan, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' 8-bit AdamW. Logs the effective learning rate."""
+def make_optimizer(
+    args: Options, plan: Plan, parameters: list[torch.nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' 8-bit AdamW. Logs the effective learning rate.
+
+    On a GPU AdamW is fused: torch's default there makes temporary tensors of the size of all trained weights.
+    """
     rate = args.learning_rate
     if args.scale_lr:
         rate *= plan.samples_per_step
     module, name = OPTIMIZERS["adamw_8bit" if args.use_8bit_adam else "adamw"]
     optimizer_class = getattr(importlib.import_module(module), name)
     logger.info("Optimizer: %s, learning rate %g, %s", optimizer_class.__name__, rate, args.lr_scheduler)
+    more = {"fused": True} if name == "AdamW" and device.type == "cuda" else {}
     return optimizer_class(
         parameters,
         lr=rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
+        **more,
     )
 
 

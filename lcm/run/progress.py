@@ -78,6 +78,7 @@ class Progress:
     """Progress bar, metrics, check for finite numbers, and stop flag of one run.
 
     `stopping` is the stop flag: True on all processes if one of them got a stop signal before the last `check`.
+    `has_overflowed` says whether the gradient scaler skips the step that was checked last.
     `num_timesteps` is that of the teacher's noise schedule, `first_step` the number of steps that are finished.
     """
 
@@ -107,7 +108,7 @@ class Progress:
         if accelerator.is_main_process:
             self.file.resume_from(first_step)
         self.signals = StopSignals(accelerator.is_local_main_process, after_loop=first_step >= plan.max_train_steps)
-        self.stopping = False
+        self.stopping = self.has_overflowed = False
         self.started = self.last = time.perf_counter()
         self.waited = 0.0
         reset_peak_memory(accelerator.device)
@@ -172,7 +173,8 @@ class Progress:
     def refuse_unless_finite(self, step: int, loss: float, norm: float) -> None:
         """Raise UserError if the loss is not finite, or the gradients are not for too long."""
         has_scaler = self.accelerator.scaler is not None
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if has_scaler and not math.isfinite(norm) else 0
+        self.has_overflowed = has_scaler and not math.isfinite(norm)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.has_overflowed else 0
         if not math.isfinite(loss):
             problem = f"the loss is {loss}"
         elif not math.isfinite(norm) and not has_scaler:

@@ -239,8 +239,8 @@ def watch(patch, run):
         run.losses.append((prediction.detach().cpu().double(), target.cpu().double(), value.mean().item()))
         return value
 
-    def optimizer(original, args, plan, parameters):
-        made = original(args, plan, parameters)
+    def optimizer(original, args, plan, parameters, *more):
+        made = original(args, plan, parameters, *more)
         run.optimizer, run.settings = type(made), {k: v for k, v in made.param_groups[0].items() if k != "params"}
         run.trained = [parameter.dtype for parameter in parameters]
 

@@ -16,7 +16,7 @@ from hub_server import HubServer, client_env
 from PIL import Image
 from safetensors.torch import load_file
 
-from lcm import storage
+from lcm import session, storage
 from lcm.data import loader
 from lcm.models.family import SDXL, StableDiffusion
 from lcm.pictures import validation
@@ -457,8 +457,13 @@ def run_with_scaler(monkeypatch, options, overflows):
     main(options)
 
 
-def test_a_step_that_the_scaler_skips_changes_nothing(teacher, shards, tmp_path, monkeypatch):
-    """Neither weights nor moving average nor learning rate."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_changes_nothing(teacher, shards, tmp_path, monkeypatch, fused):
+    """Neither weights nor moving average nor learning rate; with AdamW as it is on a GPU, too."""
+    make = session.make_optimizer
+    monkeypatch.setattr(
+        session, "make_optimizer", lambda *args: make(*args[:-1], torch.device("cuda" if fused else "cpu"))
+    )
     more = ["--checkpointing_steps=1", "--max_train_steps=3", "--lr_scheduler=linear", "--lr_warmup_steps=1"]
     run_with_scaler(monkeypatch, sd_options(teacher, shards, tmp_path, *more), overflows={2})
     one, two, three = (tmp_path / f"checkpoint-{n}" for n in (1, 2, 3))
