@@ -111,6 +111,8 @@ class Ledger(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if operation is aten._local_scalar_dense:
             return self.read_number(func, args, kwargs)
+        if operation is aten.equal:
+            return True
         if operation is aten._pin_memory:
             return args[0]
         if operation is aten.is_pinned:

@@ -42,6 +42,7 @@ def describe(record: Record) -> str:
     lines = [
         f"{record.script}: one step on a simulated GPU, in {record.seconds:.0f} s",
         f"Peak memory: {step.peak / 1e9:.2f} GB (10^9 bytes), in the phase {step.peak_phase!r}",
+        *([f"Peak memory while pictures are drawn: {record.pictures / 1e9:.2f} GB"] if record.pictures else []),
         "",
         *table([["at the peak", "GB"], *alive]),
         "",

@@ -13,6 +13,7 @@ import accelerate
 import accelerate.optimizer
 import diffusers
 import torch
+from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from lcm.data.loader import TrainingData
@@ -23,6 +24,7 @@ from lcm.errors import UserError, first_line
 from lcm.models import family, loading
 from lcm.models.lora import AdapterView
 from lcm.models.networks import Networks
+from lcm.pictures import validation
 from lcm.pictures.validation import Validation
 from lcm.results.finish import Results
 from lcm.run import start
@@ -57,7 +59,13 @@ class Record:
     steps: list[Step] = field(default_factory=list)
     loaded: int = 0  # bytes before the first step
     dtypes: dict[str, dict[str, str]] = field(default_factory=dict)  # {network: {argument: dtype}} of each call
+    pictures: int = 0  # peak in bytes while pictures are drawn, 0 if none were
     seconds: float = 0.0
+
+    @property
+    def peak(self) -> int:
+        """The peak of memory in bytes, pictures included if they were drawn."""
+        return max(self.pictures, *(step.peak for step in self.steps))
 
 
 def build(loader: Any, option: str, source: str, **kwargs: Any) -> torch.nn.Module:
@@ -134,9 +142,25 @@ class Simulation:
         self.device.patch(start, "expand_shards", lambda patterns: ("simulated.tar",))
         self.device.patch(TrainingData, "items", empty_items)
         self.device.patch(Results, "save", lambda *_: None)
-        if not self.with_pictures:
+        if self.with_pictures:
+            self.patch_pictures()
+        else:
             self.device.patch(Validation, "run", lambda *_: None)
             self.device.patch(Validation, "draw_teacher", lambda *_: None)
+
+    def patch_pictures(self) -> None:
+        """Pictures are blank, and a failure to draw them is an error, not a line in the log."""
+
+        def postprocess(processor: Any, image: torch.Tensor, output_type: str = "pil", *_: Any, **__: Any) -> Any:
+            return image if output_type == "latent" else [Image.new("RGB", (image.shape[-1], image.shape[-2]))]
+
+        def raise_again(error: Exception) -> str:
+            raise error
+
+        self.device.patch(diffusers.image_processor.VaeImageProcessor, "postprocess", postprocess)
+        # It compares timesteps, which have no values.
+        self.device.patch(diffusers.LCMScheduler, "_init_step_index", lambda self, t: setattr(self, "_step_index", 0))
+        self.device.patch(validation, "first_line", raise_again)
 
     def patch_numbers(self) -> None:
         """Numbers that nobody computes: those of `Progress.check` are finite, and no signal came."""
@@ -162,10 +186,10 @@ class Simulation:
         device.wrap(family.Family, "conditions", "text encoders")
         device.wrap(accelerate.Accelerator, "backward", "backward")
         device.wrap(accelerate.Accelerator, "clip_grad_norm_", "clipping")
-        device.wrap(Validation, "run", "validation")
-        device.wrap(Validation, "draw_teacher", "validation")
         real_prepare, real_optimizer_step = Networks.prepare, accelerate.optimizer.AcceleratedOptimizer.step
         real_step, real_timed, real_init = Progress.step, Progress.timed, Session.__init__
+        for name in ("run", "draw_teacher"):
+            self.note_pictures(name)
 
         def init(
             session: Session, accelerator: Any, args: Any, plan: Any, parts: Any, networks: Any, *more: Any
@@ -210,6 +234,19 @@ class Simulation:
         device.patch(Progress, "timed", timed)
         device.patch(Progress, "step", step)
 
+    def note_pictures(self, name: str) -> None:
+        """Note the peak of memory in a method of Validation."""
+        draw, ledger = getattr(Validation, name), self.ledger
+
+        def noted(*args: Any) -> None:
+            ledger.start_step()
+            with ledger.within("pictures"):
+                draw(*args)
+            self.record.pictures = max(self.record.pictures, ledger.phase_peaks["pictures"])
+            ledger.start_step()
+
+        self.device.patch(Validation, name, noted)
+
     def name_networks(self, networks: Networks) -> None:
         """Count each network's calls as a phase, and note the dtypes that it is given and returns."""
         phases = {"teacher": networks.teacher, "target": networks.target, "student": networks.student}
@@ -218,7 +255,7 @@ class Simulation:
                 self.ledger.assign(tensors_of(network), f"weights of the {name}")
 
         def call(phase: str, original: Any, args: Any, kwargs: Any) -> Any:
-            if self.ledger.phase in phases:  # the U-Net inside of a view
+            if self.ledger.phase in (*phases, "pictures"):  # the U-Net inside of a view, or of a pipeline
                 return original(*args, **kwargs)
             with self.ledger.within(phase):
                 self.record.dtypes.setdefault(phase, {}).update(dtypes_of(args, kwargs))
