@@ -19,7 +19,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.estimate import SDXL
+from benchmarks.configs import SDXL
 
 
 def median_ms(step: Callable[[], None], steps: int) -> float:

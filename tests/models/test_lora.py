@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from benchmarks.estimate import SD, SDXL
+from benchmarks.configs import SD, SDXL
 from lcm.models import lora, lora_files
 from lcm.models.lora import EMA, TRAINED, AdapterView
 from lcm_common import update_ema
