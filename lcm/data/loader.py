@@ -45,6 +45,17 @@ def ignore_stop_signals(closing: Event, worker: int) -> None:
     signal.signal(signal.SIGTERM, terminate)
 
 
+def is_death(error: Exception) -> bool:
+    """Whether an error of a DataLoader says that a worker died.
+
+    That is torch's own RuntimeError, or an error of the connection over which a batch comes, if the worker died just
+    then. An error that was raised in a worker begins with "Caught".
+    """
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    return not str(error).startswith("Caught ")
+
+
 class Streams(torch.utils.data.IterableDataset):
     """The dataset of one process: worker w iterates over stream (w + first) mod the number of workers."""
 
@@ -143,8 +154,8 @@ class TrainingData:
                     deaths = 0
             except MemoryError as error:
                 raise UserError(f"--shuffle_buffer_mb: out of memory while reading data; {advice}") from error
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker (pid"):
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                if not is_death(error):
                     raise
                 deaths += 1
                 if deaths == MAX_DEATHS_IN_A_ROW:

@@ -191,3 +191,28 @@ def test_a_data_worker_that_died_is_started_anew_at_its_place(messy_shards, capl
     batches.close()
     assert frozen(seen) == frozen(expected) and data.state_dict() == whole.state_dict()
     assert "restarting all of them" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [ConnectionResetError, EOFError])
+def test_a_data_worker_that_died_while_it_sent_a_batch(messy_shards, monkeypatch, kind):
+    """Then the connection breaks in the training process. An error that was raised in a worker is no death."""
+    run, load, failures = config(*messy_shards, num_workers=2, batch_size=2, **RANDOM), TrainingData.load, []
+
+    def load_and_break(self):
+        for number, item in enumerate(load(self)):
+            if number == 2 and len(failures) < 2:
+                failures.append(kind())
+                raise failures[-1]
+            yield item
+
+    expected = take(TrainingData(run), 6)
+    monkeypatch.setattr(TrainingData, "load", load_and_break)
+    assert frozen(take(TrainingData(run), 6)) == frozen(expected) and len(failures) == 2
+
+    def fail(self):
+        raise kind("Caught an error in DataLoader worker process 0.")
+        yield
+
+    monkeypatch.setattr(TrainingData, "load", fail)
+    with pytest.raises(kind):
+        take(TrainingData(run), 1)
