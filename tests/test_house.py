@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "lcm.results": DRAWN,
     "lcm.run": RUN,
     "lcm.session": RUN,
-    "command": RUN | {"lcm.session", "lcm.evaluation"},
+    "lcm.simulation": RUN | {"lcm.session"},
+    "command": RUN | {"lcm.session", "lcm.evaluation", "lcm.simulation"},
 }
 STANDARD_LIBRARY_ONLY = {*BASE, "lcm.options"}
 

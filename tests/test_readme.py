@@ -3,11 +3,10 @@
 import argparse
 import importlib
 import re
-import runpy
 import shlex
 
 import pytest
-from conftest import ROOT, SCRIPTS, forked
+from conftest import ROOT, SCRIPTS
 
 README = (ROOT / "README.md").read_text()
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
@@ -38,17 +37,6 @@ def test_docstrings_commands_are_understood():
         module = importlib.import_module(f"train_lcm_distill_{name}_wds")
         (options,) = re.findall(rf"^accelerate launch {module.__name__}\.py ((?:.*\\\n)*.*)$", module.__doc__, re.M)
         assert module.parse_args(shlex.split(options.replace("\\\n", " "))).pretrained_teacher_model
-
-
-def test_estimate_of_memory_is_what_the_command_prints():
-    done = forked(lambda: runpy.run_path(str(ROOT / "benchmarks" / "estimate.py"), run_name="__main__"))
-    assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
-    assert len(rows) == 6
-    for label, *figures in rows:
-        script = label.strip("| ").split(",")[0]
-        table = (ROOT / "docs" / "performance.md").read_text().splitlines()
-        assert any(f"`{script}`" in line and line.endswith(" | ".join(figures)) for line in table)
 
 
 def test_readme_is_short():

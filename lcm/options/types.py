@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line that begins with the option."""
 
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^argument (--\w+)(/[^:]+)?: ", r"\1: ", message)
+        message = re.sub(r"^argument (--\w+|[A-Z]+)(/[^:]+)?: ", r"\1: ", message)
         message = re.sub(r"^the following arguments are required: (.+)$", r"\1: required, but not given", message)
         message = re.sub(r"^(--\w+): ignored explicit argument (.+)$", r"\1: \2 given; allowed: no value", message)
         ambiguous = re.match(r"^ambiguous option: ([^\s=]+)\S* could match (.+)$", message)

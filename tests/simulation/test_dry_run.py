@@ -1,0 +1,64 @@
+"""The command: what it prints and writes, what it advises, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import dry_run
+
+
+def command(*options):
+    call = [sys.executable, "dry_run.py", *map(str, options)]
+    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def options(teacher):
+    return [
+        "train_lcm_distill_sd_wds.py", f"--pretrained_teacher_model={teacher}",
+        "--train_shards_path_or_url=no/such/{000..999}.tar", "--mixed_precision=bf16", "--resolution=16",
+        "--train_batch_size=4", "--validation_prompts=a red three", "--validation_num_inference_steps=1",
+    ]  # fmt: skip
+
+
+def test_what_it_prints_and_writes(teacher, tmp_path):
+    """No shards, no weights, no output folder; the pictures are drawn, too."""
+    path = tmp_path / "figures.json"
+    done = command("--gpu_memory=1", "--pictures", f"--json={path}", *options(teacher))
+    assert done.returncode == 0, done.stderr
+    assert "Peak memory: " in done.stdout and "Peak memory while pictures are drawn: " in done.stdout
+    assert "0.0 GB fits in 1 GB, before what is not included" in done.stdout
+    assert "The host waits for the device 1 times in a step" in done.stdout
+    figures = json.loads(path.read_text())
+    assert figures["peak"] >= max(step["peak"] for step in figures["steps"]) > figures["loaded"] > 0
+
+
+def test_what_the_script_refuses_is_one_line(tmp_path):
+    done = command(*options(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("--pretrained_teacher_model: cannot load ")
+
+
+@pytest.mark.parametrize(("wrong", "option"), [("--gpu_memory=0", "--gpu_memory"), ("train.py", "SCRIPT")])
+def test_wrong_options_are_one_line(teacher, wrong, option):
+    done = command(wrong, *options(teacher))
+    assert done.returncode == 2 and done.stderr.startswith(f"{option}: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_what_is_tried_if_it_does_not_fit(teacher):
+    """Options that the command lacks, each alone and together, then smaller batches of the same sum."""
+    given = [*options(teacher), "--gradient_checkpointing", "--gradient_accumulation_steps=3"]
+    tried = list(dry_run.alternatives(dry_run.parse_args(["--gpu_memory=1", *given])))
+    savers = ["--use_8bit_adam", "--cast_teacher_unet", "--vae_encode_batch_size=1"]
+    assert tried[:3] == [[option] for option in savers] and tried[3] == savers
+    assert [more[3:] for more in tried[4:]] == [
+        ["--train_batch_size=2", "--gradient_accumulation_steps=6"],
+        ["--train_batch_size=1", "--gradient_accumulation_steps=12"],
+    ]
+
+
+def test_the_peak_of_another_command(teacher):
+    less, more = (dry_run.peak_of([*options(teacher), f"--train_batch_size={size}"]) for size in (1, 16))
+    assert 0 < less < more
