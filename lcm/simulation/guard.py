@@ -24,7 +24,7 @@ kept: list[Any] = []  # torch keeps addresses of these objects until the process
 
 def install() -> None:
     """Make "cuda" torch's accelerator, for fake tensors. Raises UserError if this torch has another layout."""
-    if torch.version.cuda is not None or kept:
+    if torch.cuda.is_available() or kept:
         return
     try:
         install_guard()

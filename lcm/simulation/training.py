@@ -13,6 +13,7 @@ import accelerate
 import accelerate.optimizer
 import diffusers
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
@@ -157,7 +158,7 @@ class Simulation:
         def raise_again(error: Exception) -> str:
             raise error
 
-        self.device.patch(diffusers.image_processor.VaeImageProcessor, "postprocess", postprocess)
+        self.device.patch(VaeImageProcessor, "postprocess", postprocess)
         # It compares timesteps, which have no values.
         self.device.patch(diffusers.LCMScheduler, "_init_step_index", lambda self, t: setattr(self, "_step_index", 0))
         self.device.patch(validation, "first_line", raise_again)
