@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.configs import SDXL
 

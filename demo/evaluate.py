@@ -22,7 +22,7 @@ import torch
 from classifier import accuracy, features
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
+sys.path.insert(1, str(HERE.parent))
 
 from lcm.evaluation import features as lcm_features  # noqa: E402
 from lcm.evaluation import measures, sampling  # noqa: E402

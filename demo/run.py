@@ -27,7 +27,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.append(str(ROOT))
+sys.path.insert(1, str(ROOT))
 
 # The teacher's best few-step samplers, of seven that were tried at guidance scales from 1 to 7 (demo/README.md). Its
 # pictures at 1 and 2 steps are better with a low guidance scale, so both scales are tried; the table has the better.

@@ -113,7 +113,8 @@ class Session:
     def finish(self) -> Callable[[], None]:
         """Draw, save and publish what was trained; or, after a stop signal, say how to resume.
 
-        Returns a function that ends the process group, to be called once the networks are freed.
+        Returns a function that ends the process group and restores the signal handlers, to be called once the networks
+        are freed. Until then a stop signal does not make a complete run a failed one.
         """
         with self.closing_on_error():
             if self.step < self.plan.max_train_steps:
@@ -126,8 +127,13 @@ class Session:
                 self.results.save(self.step, seconds, tally)
                 self.trackers.finish()  # before the upload, which may fail
                 self.results.push(self.step)
-        self.progress.signals.restore()
-        return leave_process_group
+        restore_signals = self.progress.signals.restore
+
+        def leave() -> None:  # must not hold the session
+            leave_process_group()
+            restore_signals()
+
+        return leave
 
     @contextlib.contextmanager
     def closing_on_error(self) -> Iterator[None]:

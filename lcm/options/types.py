@@ -47,6 +47,12 @@ class Options(argparse.Namespace):
             raise AttributeError(f"{name}: options do not change once they are parsed")
         super().__setattr__(name, value)
 
+    def __setstate__(self, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        """For copies and pickles, which set the attributes one after the other."""
+        vars(self).update(state[0])
+        for name, value in state[1].items():
+            object.__setattr__(self, name, value)
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the description's line breaks and adds the defaults, except None and False."""

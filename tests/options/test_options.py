@@ -3,9 +3,11 @@
 Nothing here loads a model; the answers come from the parser alone. What is refused is in `test_errors.py`.
 """
 
+import copy
 import importlib
 import importlib.util
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -340,3 +342,14 @@ def test_commands_of_the_diffusers_guide(name, script):
 def test_nothing_is_written_by_parsing(script, tmp_path):
     script.parse_args(REQUIRED)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_do_not_change_once_they_are_parsed(tmp_path):
+    """Nor do those of a copy."""
+    script = importlib.import_module("train_lcm_distill_sd_wds")
+    needed = ["--pretrained_teacher_model=a", "--train_shards_path_or_url=b", "--max_train_steps=1"]
+    args = script.parse_args([*needed, f"--output_dir={tmp_path}"])
+    for same in (args, copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
+        assert vars(same) == vars(args) and same.left_at_default == args.left_at_default
+        with pytest.raises(AttributeError, match="max_train_steps: options do not change"):
+            same.max_train_steps = 2

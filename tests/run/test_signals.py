@@ -83,6 +83,7 @@ def test_a_second_signal_ends_at_once(teacher, shards, tmp_path):
         ("sd", "SIGTERM", "lcm.pictures.validation", "Validation.show"),
         ("lora_sd", "SIGINT", "lcm.models.networks", "Lora.export"),
         ("sd", "SIGINT", "lcm.run.trackers", "Trackers.finish"),
+        ("sd", "SIGTERM", "lcm.session", "leave_process_group"),
     ],
 )
 def test_a_signal_after_the_last_step_lets_the_results_be_written(
