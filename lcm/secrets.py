@@ -10,19 +10,6 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-
-def without_secrets(value: Any) -> Any:
-    """An option's value with its secrets redacted."""
-    if isinstance(value, list):
-        return [without_secrets(part) for part in value]
-    return redact(value) if isinstance(value, str) else value
-
-
-def public_options(args: Namespace) -> dict[str, Any]:
-    """The options as a dict without secrets, which may be logged, stored and shown."""
-    return {name: without_secrets(value) for name, value in vars(args).items() if name != "hub_token"}
-
-
 # A shell word: quoted, plain, or both joined. In a word that begins unquoted, a quote before a space may close a quote
 # that was opened before the word; it is not part of the word.
 PLAIN = r"""(?:\\.|(?!::)[^\s&;|<>()'"\\])"""
@@ -110,3 +97,15 @@ def redacted_command_line() -> Iterator[None]:
         yield
     finally:
         sys.argv = given
+
+
+def without_secrets(value: Any) -> Any:
+    """An option's value with its secrets redacted."""
+    if isinstance(value, list):
+        return [without_secrets(part) for part in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+def public_options(args: Namespace) -> dict[str, Any]:
+    """The options as a dict without secrets, which may be logged, stored and shown."""
+    return {name: without_secrets(value) for name, value in vars(args).items() if name != "hub_token"}
