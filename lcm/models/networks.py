@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -29,7 +30,7 @@ from lcm.options.types import Options
 View = Callable[[], AbstractContextManager[UNet2DConditionModel]]
 
 
-class Networks:
+class Networks(ABC):
     """Teacher, student and target of a run, and the files of the trained networks.
 
     `teacher`, `student` and `target` are called as a UNet2DConditionModel is; after `prepare` the student is the one
@@ -75,37 +76,37 @@ class Networks:
         """These networks with complete weights, for files; only those on the main process. All processes call this."""
         return self
 
+    @abstractmethod
     def save(self, folder: str) -> None:
         """Write the networks for a checkpoint to `folder`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, folder: str) -> None:
         """Read the files of `save`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def export(self, folder: str) -> None:
         """Write the networks for users to `folder`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self, output_dir: str) -> list[str]:
         """Lines that say which files `export` wrote."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pushed_files(self, output_dir: str) -> dict[str, str]:
         """The files for the Hub, {path in the repository: path here}."""
-        raise NotImplementedError
 
+    @abstractmethod
     def usage_code(self, teacher: str, source: str, on_hub: bool, machine: Machine) -> str:
         """Python that samples from `source`: a repository if `on_hub`, else the output folder of this run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def card_text(self) -> str:
         """What it is and how it is used, for the model card."""
-        raise NotImplementedError
 
+    @abstractmethod
     def card_rows(self) -> dict[str, Any]:
         """Rows for the model card's table of options."""
-        raise NotImplementedError
 
 
 @contextlib.contextmanager
