@@ -1,8 +1,8 @@
 """Digests of what tiny runs of all four scripts leave behind: python tests/digests.py > digests.txt
 
-A change that should not alter results shows equal digests before and after. Each script runs twice: once plainly, once
-with accumulation, data workers, flips, dropped captions, dropout and a moving average, ended after three steps and
-resumed. On one machine, with one version of the libraries, the digests are the same each time.
+A change that should not alter results shows equal digests before and after. Each script runs three times: once plainly,
+once in bf16 with gradient checkpointing, and once with accumulation, data workers, flips, dropped captions, dropout and
+a moving average, ended after three steps and resumed. On one machine, with one version of the libraries, the digests are the same each time.
 """
 
 import contextlib
@@ -17,12 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import conftest  # first: it sets the number of threads
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
 MEASURED = {"images_per_second", "data_wait", "peak_memory_gb"}  # differ from run to run
 PLAIN = ["--validation_num_inference_steps", "1", "2", "--validation_teacher_steps=2", "--checkpointing_steps=2"]
+HALF = ["--mixed_precision=bf16", "--gradient_checkpointing"]
 BOTH = [*conftest.EVERYTHING_AT_RANDOM, "--checkpointing_steps=2"]
+OWN_IN_HALF = {"lora_sd": ["--lora_dropout=0"]}  # dropout is rounded in half precision
 RANDOM = {"sd": [], "sdxl": ["--use_fix_crop_and_size"], "lora_sd": ["--ema_decay=0.5"], "lora_sdxl": []}
 
 
@@ -76,9 +79,15 @@ def main():
         for kind, own in conftest.SCRIPTS.items():
             teacher = teachers["sdxl" if "sdxl" in kind else "sd"]
             script = conftest.Script(kind, teacher, shards, own)
-            for run, options in (("plain", [PLAIN]), ("random", [[*BOTH, "--max_train_steps=3"], BOTH])):
+            runs = {
+                "plain": [PLAIN],
+                "bf16": [[*HALF, *OWN_IN_HALF.get(kind, [])]],
+                "random": [[*BOTH, "--max_train_steps=3"], BOTH],
+            }
+            for run, options in runs.items():
                 output = folder / f"{kind}-{run}"
                 for more in options:
+                    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision
                     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                         script.main(output, *(RANDOM[kind] if run == "random" else []), *more)
                 for what, digest in sorted(digests(output).items()):
