@@ -3,6 +3,8 @@
 FakeTensorMode computes shapes and dtypes for any device, but two C++ objects of torch have to know the device: the
 device guard, which autograd asks for the current stream, and the CUDA hooks, which autograd asks which accelerator
 there is. A build without CUDA has neither, and no Python function sets them, so both are replaced through ctypes.
+
+Such a build also takes some operations apart that are one kernel on CUDA. They are kept whole.
 """
 
 import ctypes
@@ -19,6 +21,8 @@ CUDA = 1  # c10::DeviceType::CUDA
 NUM_VIRTUAL = 64  # more entries than the tables of virtual functions have
 BEFORE_TABLE = 2  # entries before a table's address: offset to top, type information
 IS_BUILT = (2, 3, 4)  # isBuilt, isAvailable and hasPrimaryContext in at::AcceleratorHooksInterface
+# Operations that autograd takes apart on a device without a kernel for them.
+KERNELS = ("silu_backward", "mish_backward")
 kept: list[Any] = []  # torch keeps addresses of these objects until the process ends
 
 
@@ -29,11 +33,21 @@ def install() -> None:
     try:
         install_guard()
         install_hooks()
+        keep_kernels_whole()
     except (OSError, AttributeError, ValueError) as error:
         raise UserError(
             f"dry run: torch {torch.__version__} cannot simulate CUDA here ({error}); allowed: a build of torch with "
             "CUDA, which needs no GPU for this, or a version that was tested (constraints.txt)"
         ) from error
+
+
+def keep_kernels_whole() -> None:
+    """Send each of KERNELS to the device as it is. Their parts would take several times the memory."""
+    library = torch.library.Library("aten", "IMPL")
+    for name in KERNELS:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA"):
+            library.impl(name, torch.library.fallthrough_kernel, "AutogradCUDA")
+    kept.append(library)
 
 
 def load_library(name: str) -> ctypes.CDLL:
