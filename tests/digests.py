@@ -1,8 +1,9 @@
 """Digests of what tiny runs of all four scripts leave behind: python tests/digests.py > digests.txt
 
-A change that should not alter results shows equal digests before and after. Each script runs three times: once plainly,
-once in bf16 with gradient checkpointing, and once with accumulation, data workers, flips, dropped captions, dropout and
-a moving average, ended after three steps and resumed. On one machine, with one version of the libraries, the digests are the same each time.
+A change that should not alter results shows equal digests before and after. Each script runs three times: plainly, in
+bf16 with gradient checkpointing, and with accumulation, data workers, flips, dropped captions, dropout and a moving
+average, ended after three steps and resumed. On one machine, with one version of the libraries, the digests are the
+same each time.
 """
 
 import contextlib
