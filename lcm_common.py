@@ -205,22 +205,28 @@ def consistency_loss(prediction: Tensor, target: Tensor, loss_type: str = "l2", 
 def update_ema(target: dict[str, Tensor], source: dict[str, Tensor], decay: float) -> None:
     """target <- decay target + (1 - decay) source, for two dicts of parameters with the same names.
 
-    The targets keep their dtype and device. Raises ValueError if a parameter is in one dict only.
+    The targets keep their dtype and device. They may be in pinned host memory: each is then copied to the device of
+    its source and back, without waiting. Raises ValueError if a parameter is in one dict only.
     """
     if target.keys() != source.keys():
         odd = sorted(target.keys() ^ source.keys())
         raise ValueError(f"the EMA and its source differ in {len(odd)} parameters, among them {odd[0]}")
-    targets = list(target.values())
-    sources = [source[name].to(t.dtype) for name, t in target.items()]
-    torch._foreach_lerp_(targets, sources, 1 - decay)
+    targets = {name: t for name, t in target.items() if t.device == source[name].device}
+    if targets:
+        sources = [source[name].to(t.dtype) for name, t in targets.items()]
+        torch._foreach_lerp_(list(targets.values()), sources, 1 - decay)
+    for name in target.keys() - targets.keys():
+        average = target[name].to(source[name].device, non_blocking=True)
+        average.lerp_(source[name].to(average.dtype), 1 - decay)
+        target[name].copy_(average, non_blocking=True)
 
 
 @torch.no_grad()
 def relative_distance(target: dict[str, Tensor], source: dict[str, Tensor]) -> Tensor:
-    """|target - source| / |target| over two dicts of parameters with the same names: a scalar on their device.
+    """|target - source| / |target| over two dicts of parameters with the same names: a scalar on the source's device.
 
     One parameter after the other: a second copy of all parameters may not fit into memory.
     """
-    difference = sum((target[name] - source[name]).float().square().sum() for name in target)
-    squares = sum(tensor.float().square().sum() for tensor in target.values())
-    return (difference / squares).sqrt()  # type: ignore[union-attr]
+    pairs = ((tensor.to(source[name].device, non_blocking=True), source[name]) for name, tensor in target.items())
+    sums = sum(torch.stack([(a - b).float().square().sum(), a.float().square().sum()]) for a, b in pairs)
+    return (sums[0] / sums[1]).sqrt()  # type: ignore[index]

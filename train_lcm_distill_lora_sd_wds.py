@@ -25,7 +25,7 @@ def parse_args(argv=None):
     groups.add_output_options(parser)
     groups.add_data_options(parser, resolution=512)
     groups.add_training_options(parser)
-    distillation = groups.add_distillation_options(parser, w_min=5.0, vae_encode_batch_size=32)
+    distillation = groups.add_distillation_options(parser, w_min=5.0)
     groups.add_lora_options(distillation)
     groups.add_precision_options(parser)
     groups.add_validation_options(parser, guidance_scale=1.0)

@@ -24,7 +24,7 @@ def parse_args(argv=None):
     groups.add_output_options(parser)
     groups.add_sdxl_options(groups.add_data_options(parser, resolution=1024, max_watermark_probability=0.5))
     groups.add_training_options(parser)
-    distillation = groups.add_distillation_options(parser, w_min=3.0, vae_encode_batch_size=8)
+    distillation = groups.add_distillation_options(parser, w_min=3.0)
     groups.add_full_model_options(distillation)
     groups.add_precision_options(parser)
     groups.add_validation_options(parser)

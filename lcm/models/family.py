@@ -4,6 +4,8 @@ A family turns a batch of samples into the U-Net's inputs, and builds a pipeline
 training.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -11,11 +13,14 @@ import torch
 from accelerate import Accelerator
 
 from lcm.models.loading import weight_dtype
+from lcm.models.offload import OnDevice
 from lcm.models.prompts import PromptEncoder, SDXLPromptEncoder
 from lcm.models.schedule import load_noise_schedule
 from lcm.models.unet import load_unet
 from lcm.models.vae import encode_pixels, load_vae
 from lcm.options.types import Options
+
+PIXELS_AT_ONCE = 2**20  # that the VAE encodes, unless --vae_encode_batch_size says otherwise
 
 
 class Family:
@@ -34,6 +39,10 @@ class Family:
         self.noise_schedule = load_noise_schedule(args)
         self.encode_prompts = self.prompt_encoder_class(args, accelerator)
         self.vae = load_vae(args, accelerator, dtype=self.vae_dtype())
+        encoders = [part for part in self.encode_prompts.components.values() if isinstance(part, torch.nn.Module)]
+        self.vae_on_device, self.encoders_on_device = (
+            OnDevice(networks, args.offload, accelerator.device) for networks in ([self.vae], encoders)
+        )
 
     def vae_dtype(self) -> torch.dtype:
         """The precision of the VAE."""
@@ -45,11 +54,20 @@ class Family:
 
     def latents(self, batch: dict[str, Any], generator: torch.Generator) -> torch.Tensor:
         """z_0 (B, C, h, w) float32: a scaled sample of the VAE's posterior for the batch's `pixels`."""
-        return encode_pixels(self.vae, batch["pixels"], self.args.vae_encode_batch_size, generator)
+        size = self.args.vae_encode_batch_size or max(1, PIXELS_AT_ONCE // self.args.resolution**2)
+        with self.vae_on_device:
+            return encode_pixels(self.vae, batch["pixels"], size, generator)
 
     def conditions(self, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(cond, uncond): the keyword arguments of the U-Net for the batch's captions, and for empty ones."""
-        return self.encode_prompts(batch)
+        with self.encoders_on_device:
+            return self.encode_prompts(batch)
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Hold VAE and text encoders on the device, for a pipeline, although `--offload` keeps them elsewhere."""
+        with self.vae_on_device, self.encoders_on_device:
+            yield
 
     def pipeline(
         self, unet: diffusers.UNet2DConditionModel, scheduler: diffusers.SchedulerMixin

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers import UNet2DConditionModel
 
+from lcm.errors import UserError
 from lcm.models.lora import EMA, TRAINED, AdapterView, adapter_parameters
 from lcm.models.lora_files import (
     DIFFUSERS_FILE,
@@ -23,6 +24,7 @@ from lcm.models.lora_files import (
     save_for_diffusers,
     save_for_kohya,
 )
+from lcm.models.offload import while_called
 from lcm.models.sharding import gathered, is_sharded, load_weights, shard_like_student
 from lcm.models.usage import Machine, lora_code, unet_code
 from lcm.options.types import Options
@@ -110,11 +112,12 @@ class Networks(ABC):
 
 
 @contextlib.contextmanager
-def eval_mode(network: UNet2DConditionModel) -> Iterator[UNet2DConditionModel]:
-    """Yield a network in eval mode; its mode is restored afterwards."""
+def eval_mode(network: UNet2DConditionModel, on_device: AbstractContextManager[Any]) -> Iterator[UNet2DConditionModel]:
+    """Yield a network in eval mode, within the context that holds it on the device; its mode is then restored."""
     was_training = network.training
     try:
-        yield network.eval()
+        with on_device:
+            yield network.eval()
     finally:
         network.train(was_training)
 
@@ -132,7 +135,6 @@ class WholeUNet(Networks):
     def __init__(self, args: Options, teacher: Any, student: Any, target: Any):
         super().__init__(args, teacher, student, target)
         self.networks = [student, teacher, target]
-        self.teacher_view = partial(eval_mode, teacher)
 
     @property
     def saved(self) -> dict[str, UNet2DConditionModel]:
@@ -143,13 +145,22 @@ class WholeUNet(Networks):
         """Let accelerate wrap the student, and shard the target in the same way; returns the wrapped optimizer."""
         optimizer = super().prepare(accelerator, optimizer)
         if self.is_sharded:
+            if self.args.offload_ema:
+                raise UserError("--offload_ema: FSDP splits the moving average already; allowed: one of the two")
             self.target = shard_like_student(accelerator, self.target)
-        self.views = {"student": partial(eval_mode, self.unet), "EMA": partial(eval_mode, self.target)}
+        teacher_on_device = while_called(self.teacher, self.args.offload, accelerator.device)
+        self.target_on_device = while_called(self.target, self.args.offload_ema, accelerator.device)
+        self.teacher_view = partial(eval_mode, self.teacher, teacher_on_device)
+        self.views = {
+            "student": partial(eval_mode, self.unet, contextlib.nullcontext()),
+            "EMA": partial(eval_mode, self.target, self.target_on_device),
+        }
         self.weights, self.averaged = dict(self.unet.named_parameters()), dict(self.target.named_parameters())
         return optimizer
 
     def gathered(self) -> Self:
         """These networks with complete weights, for files; only those on the main process. All processes call this."""
+        self.target_on_device.wait_for_copies()
         complete = copy.copy(self)
         complete.unet, complete.target = gathered(self.unet), gathered(self.target)
         return complete

@@ -52,6 +52,9 @@ def checkpoint_gradients(unet: diffusers.UNet2DConditionModel) -> None:
 
 def enable_memory_savers(args: Options, accelerator: Accelerator, networks: Networks) -> None:
     """Enable gradient checkpointing for the student, and xformers' attention, where it works, for all networks."""
+    for option in ("offload", "offload_ema"):
+        if getattr(args, option, False) and accelerator.device.type == "cpu":
+            logger.warning("--%s: saves memory of a GPU; on a CPU it has no effect", option)
     if args.gradient_checkpointing:
         checkpoint_gradients(networks.student)
     if args.enable_xformers_memory_efficient_attention:

@@ -136,7 +136,7 @@ def add_training_options(parser: Parser) -> None:
         help="Gradients are scaled down to this norm.")
 
 
-def add_distillation_options(parser: Parser, w_min: float, vae_encode_batch_size: int) -> Group:
+def add_distillation_options(parser: Parser, w_min: float) -> Group:
     """Add the options of the method; returns their group, for options of a U-Net or of a LoRA."""
     group = parser.add_argument_group("latent consistency distillation")
     add = group.add_argument
@@ -152,8 +152,9 @@ def add_distillation_options(parser: Parser, w_min: float, vae_encode_batch_size
         help="The c of the Huber loss.")
     add("--timestep_scaling_factor", type=number(0, above=0), default=10.0, metavar="S",
         help="Scale of t in the boundary conditions; the saved scheduler carries it.")
-    add("--vae_encode_batch_size", type=integer(1), default=vae_encode_batch_size, metavar="SAMPLES",
-        help="Pictures that the VAE encodes at once.")
+    add("--vae_encode_batch_size", type=integer(1), metavar="SAMPLES",
+        help="Pictures that the VAE encodes at once. If unset: as many as have 2^20 pixels (4 of 512 x 512, 1 of "
+             "1024 x 1024), so that the VAE is not the peak of memory. Changes rounding at most.")
     return group
 
 
@@ -164,6 +165,9 @@ def add_full_model_options(group: Group) -> None:
         help="Size of the guidance embedding that the student is fed.")
     add("--ema_decay", type=number(0, 1), default=0.95, metavar="DECAY",
         help="Decay of the student's moving average: the target network, and the one to sample from.")
+    add("--offload_ema", action="store_true",
+        help="Keep the moving average in host memory while it is not used. Less memory on the GPU, time for copies in "
+             "each step, the same results.")
     add("--cast_teacher_unet", action="store_true",
         help="Hold the teacher's weights in the mixed precision too: half its memory.")
 
@@ -203,6 +207,9 @@ def add_precision_options(parser: Parser) -> None:
         help="Let float32 matrix products on Ampere and later run as TF32, as PyTorch lets convolutions anyway.")
     add("--gradient_checkpointing", action="store_true",
         help="Recompute activations in the backward pass: less memory, more time.")
+    add("--offload", action="store_true",
+        help="Keep VAE, text encoders and, for a whole U-Net, the teacher in host memory while they are not used. "
+             "Less memory on the GPU, some time for copies in each step, the same results.")
     add("--enable_xformers_memory_efficient_attention", action="store_true",
         help="Use xformers' attention on CUDA. PyTorch's own, the default, is usually as fast.")
 

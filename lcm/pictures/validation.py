@@ -120,7 +120,7 @@ class Validation:
 
     def draw(self, view: View, columns: list[Column], scheduler: SchedulerMixin) -> dict[Column, list[Image.Image]]:
         """{column: its pictures from top to bottom} of one U-Net; may change `scheduler`."""
-        with view() as unet:
+        with view() as unet, self.family.on_device():
             pipeline = self.family.pipeline(unet, scheduler)
             pipeline.set_progress_bar_config(disable=True)
             return {column: [self.sample(pipeline, row, column) for row in self.rows] for column in columns}

@@ -22,7 +22,7 @@ MAY_CHANGE_ON_RESUME = {
     "output_dir", "cache_dir", "logging_dir", "report_to", "tracker_project_name", "local_rank",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "resume_with_changed_options",
     "max_train_steps", "num_train_epochs", "max_train_samples",
-    "gradient_checkpointing", "vae_encode_batch_size", "shard_timeout",
+    "gradient_checkpointing", "vae_encode_batch_size", "offload", "offload_ema", "shard_timeout",
     "logging_steps", "validation_steps", "validation_prompts", "validation_negative_prompt", "num_validation_images",
     "validation_num_inference_steps", "validation_guidance_scale", "validation_resolution", "validation_teacher_steps",
     "push_to_hub", "hub_model_id", "hub_private",

@@ -29,7 +29,7 @@ def choices_of(option):
     """What the parser lets one choose."""
     parser = types.make_parser("")
     groups.add_data_options(parser, resolution=512)
-    groups.add_distillation_options(parser, w_min=5.0, vae_encode_batch_size=32)
+    groups.add_distillation_options(parser, w_min=5.0)
     for add in (groups.add_output_options, groups.add_training_options, groups.add_precision_options):
         add(parser)
     return set(parser._option_string_actions[option].choices)

@@ -67,7 +67,6 @@ COMMON = {
     "loss_type": "l2",
     "huber_c": 0.001,
     "timestep_scaling_factor": 10.0,
-    "vae_encode_batch_size": 32,
     "mixed_precision": None,
     "allow_tf32": False,
     "cast_teacher_unet": False,
@@ -82,7 +81,7 @@ COMMON = {
 }
 FULL = {"unet_time_cond_proj_dim": 256, "ema_decay": 0.95}
 LORA = {"lora_rank": 64, "lora_alpha": 64, "lora_dropout": 0.0, "lora_target_modules": None}
-SDXL = {"use_fix_crop_and_size": False, "resolution": 1024, "w_min": 3.0, "vae_encode_batch_size": 8}
+SDXL = {"use_fix_crop_and_size": False, "resolution": 1024, "w_min": 3.0}
 PUBLIC_DEFAULTS = {
     "sd": COMMON | FULL,
     "sdxl": COMMON | FULL | SDXL,
@@ -91,6 +90,8 @@ PUBLIC_DEFAULTS = {
 }
 # Ours: unless they are given, the scripts do what the public ones do.
 OWN_COMMON = {
+    "vae_encode_batch_size": None,  # theirs is 32, for SDXL 8: the same latents but for rounding, and more memory
+    "offload": False,
     "caption_key": "caption",
     "width_key": None,
     "height_key": None,
@@ -109,16 +110,17 @@ OWN_COMMON = {
     "validation_teacher_steps": [4, 25],
     "hub_private": True,
 }
+OWN_FULL = {"offload_ema": False}
 OWN_LORA = {"ema_decay": None, "validation_guidance_scale": [1.0]}
 OWN_SDXL = {"max_watermark_probability": 0.5}
 DEFAULTS = {
-    name: public | OWN_COMMON | (OWN_LORA if name.startswith("lora") else {}) | (OWN_SDXL if "sdxl" in name else {})
+    name: public | OWN_COMMON | (OWN_LORA if name.startswith("lora") else OWN_FULL) | (OWN_SDXL if "sdxl" in name else {})
     for name, public in PUBLIC_DEFAULTS.items()
 }
 # The types of the public options that are unset by default, or 0; the others have the type of their default.
 TYPES = {
     "seed": int, "checkpoints_total_limit": int, "max_train_steps": int, "max_train_samples": int,
-    "proportion_empty_prompts": float,
+    "vae_encode_batch_size": int, "proportion_empty_prompts": float,
 }  # fmt: skip
 CHOICES = {
     "report_to": [

@@ -44,6 +44,7 @@ import lcm_common
 from lcm import session
 from lcm.data import loader, stream
 from lcm.data.shards import read_shard
+from lcm.models import family
 from lcm.pictures import validation
 from lcm.run import progress
 
@@ -1189,6 +1190,12 @@ def test_the_vae_sees_so_many_pictures(run):
     torch.testing.assert_close(split[0], whole[0], rtol=1e-3, atol=1e-4)  # the same noise
 
 
+def test_without_the_option_the_vae_sees_so_many_pixels(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(family, "PIXELS_AT_ONCE", 1024)
+    more = ("--train_batch_size=5", "--max_train_steps=1", "--resolution=16")
+    assert [size for size, _ in run(*more, folder=tmp_path).encoded] == [4, 1]
+
+
 @covers("timestep_scaling_factor")
 @pytest.mark.parametrize("factor", [0.01, 10])
 def test_timestep_scaling(run, factor):
@@ -1252,6 +1259,22 @@ def test_gradient_checkpointing(run):
     for name in done.networks:
         for key, value in run().weights(name).items():
             torch.testing.assert_close(done.weights(name)[key], value, rtol=1e-4, atol=1e-5)
+
+
+@covers("offload", by=ALL)
+def test_offloaded_networks_compute_the_same(run):
+    """On a CPU their weights are swapped as on a GPU, but stay where they are."""
+    done = run("--offload")
+    assert "GB of weights wait in host memory" in done.log and "GB of weights" not in run().log
+    assert same(done, run())
+    assert "WARNING --offload: saves memory of a GPU" in done.log or torch.cuda.is_available()
+
+
+@covers("offload_ema", by=FULL)
+def test_an_offloaded_moving_average_is_the_same(run):
+    done = run("--offload_ema", "--ema_decay=0.5")
+    assert "GB of weights wait in host memory" in done.log
+    assert same(done, run("--ema_decay=0.5"))
 
 
 @covers("enable_xformers_memory_efficient_attention")

@@ -9,8 +9,8 @@ from conftest import ROOT
 SDXL = """
 - groups.add_data_options(parser, resolution=512)
 + groups.add_sdxl_options(groups.add_data_options(parser, resolution=1024, max_watermark_probability=0.5))
-- distillation = groups.add_distillation_options(parser, w_min=5.0, vae_encode_batch_size=32)
-+ distillation = groups.add_distillation_options(parser, w_min=3.0, vae_encode_batch_size=8)
+- distillation = groups.add_distillation_options(parser, w_min=5.0)
++ distillation = groups.add_distillation_options(parser, w_min=3.0)
 - from lcm.models.family import StableDiffusion
 + from lcm.models.family import SDXL
 - family = StableDiffusion(args, accelerator)
