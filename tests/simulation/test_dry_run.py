@@ -24,14 +24,17 @@ def options(teacher):
 
 
 def test_what_it_prints_and_writes(teacher, tmp_path):
-    """No shards, no weights, no output folder; the pictures are drawn, too."""
+    """No shards, no weights, no output folder, nothing on the Hub; the pictures are drawn, too."""
     path = tmp_path / "figures.json"
-    done = command("--gpu_memory=1", "--pictures", f"--json={path}", *options(teacher))
+    done = command("--gpu_memory=1", "--pictures", f"--json={path}", *options(teacher), "--push_to_hub")
     assert done.returncode == 0, done.stderr
     assert "Peak memory: " in done.stdout and "Peak memory while pictures are drawn: " in done.stdout
+    assert "Peak memory while a checkpoint is saved" in done.stdout
+    assert "Peak memory while results are written" in done.stdout and "from_pretrained" not in done.stdout
     assert "0.0 GB fits in 1 GB, before what is not included" in done.stdout
     assert "The host waits for the device 1 times in a step" in done.stdout
     figures = json.loads(path.read_text())
+    assert figures["peak"] >= max(figures["checkpoints"], figures["export"]) > 0
     assert figures["peak"] >= max(step["peak"] for step in figures["steps"]) > figures["loaded"] > 0
 
 
