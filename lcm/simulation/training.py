@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -27,6 +28,7 @@ from lcm.models.lora import AdapterView
 from lcm.models.networks import Networks
 from lcm.pictures import validation
 from lcm.pictures.validation import Validation
+from lcm.results import finish
 from lcm.results.finish import Results
 from lcm.run import start
 from lcm.run.checkpoints import Checkpoints
@@ -123,7 +125,6 @@ class Simulation:
         with contextlib.ExitStack() as stack:
             own = [f"--output_dir={folder}", f"--max_train_steps={num_steps}", f"--checkpointing_steps={NUM_STEPS}"]
             args = self.module.parse_args([*self.options, *own, "--report_to=none"])
-            args.push_to_hub = False
             stack.callback(self.device.close)
             self.patch_inputs()
             self.patch_results()
@@ -161,8 +162,10 @@ class Simulation:
             self.patch_pictures()
 
     def patch_results(self) -> None:
-        """Files of tensors have no content. What is printed about the results, which soon are gone, is not shown."""
+        """Files of tensors have no content. Results, which soon are gone, are neither announced nor pushed."""
         patch_files(self.device)
+        self.device.patch(finish, "create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
+        self.device.patch(Results, "push", lambda *_: None)
         for name in ("save", "load_state"):
             self.note_peak(Checkpoints, name, "checkpoints")
         self.note_peak(Results, "save", "export")
