@@ -44,6 +44,7 @@ NUM_STEPS = 2  # in the first one the optimizer makes its states; the second one
 class Step:
     """What happened in one optimizer step. Sizes are in bytes."""
 
+    start: int  # what was in memory before it
     peak: int
     peak_phase: str
     at_peak: dict[str, int]  # by owner
@@ -307,6 +308,7 @@ class Simulation:
         """The ledger's figures for the step that has just ended."""
         ledger = self.ledger
         return Step(
+            ledger.at_start,
             ledger.peak,
             ledger.peak_phase,
             positive(ledger.at_peak),
