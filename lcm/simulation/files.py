@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers.models.model_loading_utils as loading_utils
+import huggingface_hub.serialization._torch as sharding
 import safetensors
 import safetensors.torch
 import torch
@@ -114,6 +115,8 @@ def patch_files(device: SimulatedCuda) -> None:
     device.patch(torch, "load", load)
     device.patch(safetensors, "safe_open", Opened)
     device.patch(loading_utils, "set_module_tensor_to_device", set_tensor)
+    # Weights of more than 10 GB are split. Without an address all tensors of a size would count as one.
+    device.patch(sharding, "storage_ptr", lambda tensor: tensor.untyped_storage()._cdata)
     for module in (safetensors.torch, lora_files):
         device.patch(module, "save_file", save_file)
         device.patch(module, "load_file", load_file)

@@ -166,7 +166,8 @@ class Simulation:
         """Files of tensors have no content. Results, which soon are gone, are neither announced nor pushed."""
         patch_files(self.device)
         self.device.patch(finish, "create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
-        self.device.patch(Results, "push", lambda *_: None)
+        for name in ("push", "draw_curves"):
+            self.device.patch(Results, name, lambda *_: None)
         for name in ("save", "load_state"):
             self.note_peak(Checkpoints, name, "checkpoints")
         self.note_peak(Results, "save", "export")

@@ -1,152 +1,139 @@
-"""All four scripts on a simulated GPU: devices, dtypes, waits of the host, memory.
+"""All four scripts on a simulated GPU: devices, dtypes, waits of the host, memory, checkpoints, results, pictures."""
 
-Each run has its own process, forked from a server that never ran a backward pass: autograd notes which devices there
-are when it starts.
-"""
-
-import dataclasses
-import json
-import multiprocessing
-import traceback
-
+import diffusers
 import pytest
 from conftest import SCRIPTS, Script
+from simulated import (
+    copies_on_device,
+    expected_dtypes,
+    found_dtypes,
+    place_of,
+    simulated,
+    states_and_trained,
+    the_one_wait,
+)
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["lcm.simulation.training"])
+from lcm.models.lora import DEFAULT_TARGETS
+
 HALF = {"fp16": "float16", "bf16": "bfloat16"}
+# Options that most often hide a mistake, and what a run without them may do.
 HARD = ["--gradient_checkpointing", "--gradient_accumulation_steps=2", "--cast_teacher_unet", "--ema_decay=0.5"]
-
-
-def simulate(script, options, plant, path):
-    """Run in a process of its own: write the record, or why there is none, to a file."""
-    try:
-        from lcm.simulation.training import Simulation
-
-        if plant:
-            plant()
-        found = dataclasses.asdict(Simulation(script, options).run())
-    except BaseException:
-        found = {"error": traceback.format_exc()}
-    path.write_text(json.dumps(found))
-
-
-def simulated(script, folder, *more, plant=None):
-    """The Record of a simulated run as a dict. `plant` is called before, in the process of the run."""
-    path = folder / "record.json"
-    process = SERVER.Process(target=simulate, args=(script.path.stem, script.options(folder, *more), plant, path))
-    process.start()
-    process.join()
-    return json.loads(path.read_text())
-
-
-def waits(record):
-    """(phase, kind, file) of each wait in the last step, without line numbers."""
-    return [(phase, kind, place.split(":")[0]) for phase, kind, place, _ in record["steps"][-1]["waits"]]
+EASY = ["--use_8bit_adam", "--validation_steps=1", "--validation_teacher_steps=1"]
 
 
 @pytest.fixture(scope="module", params=[(name, precision) for name in SCRIPTS for precision in HALF], ids="-".join)
-def record(request, teacher, sdxl_teacher, shards, tmp_path_factory):
-    """(script, precision, what it did) of a run with the options that most often hide a mistake."""
+def runs(request, teacher, sdxl_teacher, shards, tmp_path_factory):
+    """(script, precision, records): in fp16 a HARD run and one that resumes it, in bf16 an EASY one with pictures."""
     name, precision = request.param
     script = Script(name, sdxl_teacher if "sdxl" in name else teacher, shards, SCRIPTS[name])
-    more = [f"--mixed_precision={precision}", *HARD]
-    done = simulated(script, tmp_path_factory.mktemp(name), *more)
-    assert "error" not in done, done["error"]
-    return script, precision, done
-
-
-def test_the_host_waits_once_in_a_step(record):
-    """For the numbers of the metrics, among them whether gradients overflowed."""
-    _, _, done = record
-    assert waits(done) == [("check", "tolist", "lcm/run/progress.py")]
-    assert all(count == 1 for *_, count in done["steps"][-1]["waits"])
-
-
-def test_dtypes_of_the_networks(record):
-    """Latents and micro-conditioning are float32, embeddings and outputs are in the mixed precision."""
-    script, precision, done = record
-    half = HALF[precision]
-    given = {"sample": "float32", "timestep": "int64", "encoder_hidden_states": half}
-    if script.is_sdxl:
-        given |= {"text_embeds": half, "time_ids": "float32"}
-    embedded = given if script.is_lora else given | {"timestep_cond": "float32"}
-    for network, expected in (("teacher", given), ("target", embedded), ("student", embedded)):
-        found = dict(done["dtypes"][network])
-        assert found.pop("output") in (half, "float32")
-        assert found == expected, network
-
-
-def test_matrix_products_are_in_16_bits(record):
-    """Those of the adapters too. Nothing is in float64, but the one number that torch's gradient scaler inverts so."""
-    _, precision, done = record
-    for step in done["steps"]:
-        for phase in ("teacher", "target", "student", "backward", "text encoders"):
-            assert step["flops"][phase].keys() == {HALF[precision]}, phase
-        assert {phase for phase, *_ in step["float64_places"]} <= ({"clipping"} if precision == "fp16" else set())
-
-
-def test_memory_is_given_back(record):
-    """The second step takes what the first one took, and the optimizer's states."""
-    _, _, done = record
-    first, second = done["steps"]
-    assert 0 < done["loaded"] < first["peak"] <= second["peak"]
-    assert sum(second["at_peak"].values()) == second["peak"]
-
-
-# Mistakes that only a GPU shows: each is planted, and noticed.
+    folder, mixed = tmp_path_factory.mktemp(name), f"--mixed_precision={precision}"
+    if precision == "fp16":
+        return script, precision, simulated(script, folder, mixed, *HARD, resumed_to=3)
+    return script, precision, [simulated(script, folder, mixed, *EASY, with_pictures=True)]
 
 
 @pytest.fixture
-def sd(teacher, shards):
-    return Script("sd", teacher, shards, SCRIPTS["sd"])
+def steps(runs):
+    """All steps of the runs."""
+    return [step for record in runs[2] for step in record["steps"]]
 
 
-def make_generators_of_the_host():
-    import torch
-
-    from lcm import session
-
-    session.step_generator = lambda *_: torch.Generator()
-
-
-def test_a_generator_of_the_host(sd, tmp_path):
-    done = simulated(sd, tmp_path, "--mixed_precision=bf16", plant=make_generators_of_the_host)
-    assert "expected a generator on cuda, but found cpu" in done["error"]
+@pytest.fixture
+def whole_and_resumed(runs):
+    """The records of a HARD run and of the one that resumes it."""
+    if len(runs[2]) == 1:
+        pytest.skip("is not resumed")
+    return runs[2]
 
 
-def keep_tokens_on_the_host():
-    from lcm.models import prompts
-
-    prompts.send = lambda tensor, device: tensor
-
-
-def test_a_tensor_that_stays_on_the_host(sd, tmp_path):
-    done = simulated(sd, tmp_path, "--mixed_precision=bf16", plant=keep_tokens_on_the_host)
-    assert "found at least two devices, cuda:0 and cpu" in done["error"]
+def num_trained(script):
+    """How many tensors are trained: all of the U-Net and the projection of the guidance, or two a layer."""
+    unet = diffusers.UNet2DConditionModel.from_pretrained(script.teacher, subfolder="unet")
+    if script.is_lora:
+        return 2 * sum(name.endswith(DEFAULT_TARGETS) for name, _ in unet.named_modules())
+    return 1 + len(list(unet.parameters()))
 
 
-def read_the_loss():
-    import lcm_common
+def test_the_host_waits_once_in_a_step(runs, steps):
+    """For the numbers of the metrics, among them whether gradients overflowed.
 
-    loss = lcm_common.consistency_loss
-    lcm_common.consistency_loss = lambda *args: (found := loss(*args), found.mean().item())[0]
-
-
-def test_a_number_that_is_read_in_the_loop(sd, tmp_path):
-    done = simulated(sd, tmp_path, "--mixed_precision=bf16", plant=read_the_loss)
-    assert [kind for _, kind, _ in waits(done)] == ["tolist", "item"]
-
-
-def load_text_encoders_in_float32():
-    import torch
-
-    from lcm.models import prompts
-
-    prompts.weight_dtype = lambda accelerator: torch.float32
+    bitsandbytes waits for each tensor, and in the first step for its two tables of numbers in 8 bits, if a tensor has
+    4096 numbers or more; those of the LoRAs here have fewer.
+    """
+    script, precision, _ = runs
+    for number, step in enumerate(steps, 1):
+        expected = [the_one_wait()]
+        if precision == "bf16":
+            optimizer_step = place_of(script.path.name, "optimizer.step()")
+            if number == 1 and not script.is_lora:
+                expected.append(["optimizer", "copy from cpu to cuda", optimizer_step, 2])
+            expected.append(["optimizer", "synchronize", optimizer_step, num_trained(script)])
+        assert step["waits"] == expected
 
 
-def test_a_network_that_stays_in_float32(sd, tmp_path):
-    done = simulated(sd, tmp_path, "--mixed_precision=bf16", plant=load_text_encoders_in_float32)
-    assert done["steps"][-1]["flops"]["text encoders"].keys() == {"float32"}
-    assert done["dtypes"]["student"]["encoder_hidden_states"] == "float32"
+def test_dtypes_of_the_networks(runs):
+    """Outputs are in the mixed precision, or float32 where accelerate casts them."""
+    script, precision, records = runs
+    for record in records:
+        given, returned = found_dtypes(record)
+        assert given == expected_dtypes(script, HALF[precision])
+        assert returned <= {HALF[precision], "float32"}
+
+
+def test_matrix_products_are_in_16_bits(runs, steps):
+    """Those of the adapters too, but not those of SDXL's VAE, which overflows in fp16. Nothing is in float64, but the
+    one number that torch's gradient scaler inverts so."""
+    script, precision, _ = runs
+    scaler = {("clipping", place_of(script.path.name, "accelerator.clip_grad_norm_("))}
+    for step in steps:
+        for phase in ("teacher", "target", "student", "backward", "text encoders"):
+            assert step["flops"][phase].keys() == {HALF[precision]}, phase
+        assert [phase for phase, *_ in step["float32_places"]] == (["VAE"] if script.is_sdxl else [])
+        assert {(phase, place) for phase, place, _ in step["float64_places"]} == (
+            scaler if precision == "fp16" else set()
+        )
+
+
+def test_memory_is_given_back(runs):
+    """The second step takes what the first one took, and the optimizer's states."""
+    first, second = runs[2][0]["steps"]
+    assert 0 < runs[2][0]["loaded"] < first["peak"] <= second["peak"]
+    for step in (first, second):
+        assert sum(step["at_peak"].values()) == step["peak"]
+
+
+def test_the_teacher_is_cast(whole_and_resumed, runs):
+    """With `--cast_teacher_unet` its weights take half of the memory; tensors begin at multiples of 512 bytes."""
+    if not runs[0].is_lora:
+        at_peak = whole_and_resumed[0]["steps"][-1]["at_peak"]
+        assert at_peak["weights of the teacher"] < 0.7 * at_peak["weights of the target"]
+
+
+def test_8_bit_states_take_less(runs, steps):
+    """Than two float32 numbers for each weight; small tensors keep those."""
+    if runs[1] == "bf16" and not runs[0].is_lora:
+        states, trained = states_and_trained(runs[2][0])
+        assert 0 < states < 1.95 * trained
+
+
+def test_checkpoints_and_results_are_made_on_the_host(runs):
+    """What the device holds beside weights and states is the last batch."""
+    for what in ("checkpoints", "export"):
+        assert 0 < copies_on_device(runs[2][0], what) < 0.25
+
+
+def test_a_resumed_run_goes_on_as_the_unbroken_one(whole_and_resumed):
+    """Weights and states come back, to the device, in their dtypes, and once; the next step is like the one before."""
+    whole, resumed = whole_and_resumed
+    states, _ = states_and_trained(whole)
+    assert resumed["loaded"] == whole["loaded"] + states
+    assert resumed["checkpoints"] <= resumed["loaded"]
+    before, after = whole["steps"][-1], *resumed["steps"]
+    for what in ("peak", "peak_phase", "at_peak", "flops", "waits", "float32_places", "float64_places"):
+        assert after[what] == before[what], what
+
+
+def test_pictures(runs):
+    """They are drawn before the first step, between the steps and at the end; a failure would end the run."""
+    record = runs[2][0]
+    assert (record["pictures"] > record["loaded"]) == (runs[1] == "bf16")
