@@ -13,7 +13,7 @@ from simulated import (
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def sd(teacher, shards):
     return Script("sd", teacher, shards, SCRIPTS["sd"])
 
@@ -59,19 +59,6 @@ def test_a_picture_on_the_wrong_device(sd, tmp_path):
         one_step(sd, tmp_path, draw_on_the_host, "--validation_teacher_steps=1", with_pictures=True)
 
 
-def read_the_loss():
-    import lcm_common
-
-    loss = lcm_common.consistency_loss
-    lcm_common.consistency_loss = lambda *args: (found := loss(*args), found.mean().item())[0]
-
-
-def test_a_number_that_is_read_in_the_loop(sd, tmp_path):
-    (step,) = one_step(sd, tmp_path, read_the_loss)["steps"]
-    first, second = step["waits"]
-    assert first == the_one_wait() and second[1] == "item" and second[-1] == 1
-
-
 def load_text_encoders_in_float32():
     import torch
 
@@ -86,6 +73,13 @@ def test_text_encoders_in_float32(sd, tmp_path):
     assert record["dtypes"]["student"]["encoder_hidden_states"] == "float32"
 
 
+def read_the_loss():
+    import lcm_common
+
+    loss = lcm_common.consistency_loss
+    lcm_common.consistency_loss = lambda *args: (found := loss(*args), found.mean().item())[0]
+
+
 def make_conditions_in_float32():
     from lcm.models.family import Family
 
@@ -95,13 +89,6 @@ def make_conditions_in_float32():
     )
 
 
-def test_a_conditioning_in_float32(sd, tmp_path):
-    given, _ = found_dtypes(one_step(sd, tmp_path, make_conditions_in_float32))
-    expected = expected_dtypes(sd, "bfloat16")
-    for network, dtypes in given.items():
-        assert dtypes == expected[network] | {"encoder_hidden_states": "float32"}
-
-
 def keep_the_teacher_in_float32():
     import torch
 
@@ -109,12 +96,6 @@ def keep_the_teacher_in_float32():
 
     real = WholeUNet.__init__
     WholeUNet.__init__ = lambda self, args, teacher, *more: real(self, args, teacher.to(torch.float32), *more)
-
-
-def test_a_teacher_that_is_not_cast(sd, tmp_path):
-    record = one_step(sd, tmp_path, keep_the_teacher_in_float32, "--cast_teacher_unet")
-    at_peak = record["steps"][-1]["at_peak"]
-    assert at_peak["weights of the teacher"] > 0.9 * at_peak["weights of the target"]
 
 
 def call_the_target_without_autocast():
@@ -137,9 +118,39 @@ def call_the_target_without_autocast():
     WholeUNet.__init__ = init
 
 
-def test_a_target_that_computes_in_float32(sd, tmp_path):
-    record = one_step(sd, tmp_path, call_the_target_without_autocast)
-    assert record["steps"][-1]["flops"]["target"].keys() == {"float32"}
+def make_four_mistakes():
+    read_the_loss()
+    make_conditions_in_float32()
+    keep_the_teacher_in_float32()
+    call_the_target_without_autocast()
+
+
+@pytest.fixture(scope="module")
+def four_mistakes(sd, tmp_path_factory):
+    """The record of a run with four planted mistakes, which show in different places."""
+    return one_step(sd, tmp_path_factory.mktemp("four_mistakes"), make_four_mistakes, "--cast_teacher_unet")
+
+
+def test_a_number_that_is_read_in_the_loop(four_mistakes):
+    first, second = four_mistakes["steps"][0]["waits"]
+    assert first == the_one_wait() and second[1] == "item" and second[-1] == 1
+
+
+def test_a_conditioning_in_float32(sd, four_mistakes):
+    given, _ = found_dtypes(four_mistakes)
+    expected = expected_dtypes(sd, "bfloat16")
+    for network, dtypes in given.items():
+        assert dtypes == expected[network] | {"encoder_hidden_states": "float32"}
+
+
+def test_a_teacher_that_is_not_cast(four_mistakes):
+    at_peak = four_mistakes["steps"][0]["at_peak"]
+    assert at_peak["weights of the teacher"] > 0.9 * at_peak["weights of the target"]
+
+
+def test_a_target_that_computes_in_float32(four_mistakes):
+    flops = four_mistakes["steps"][0]["flops"]
+    assert flops["target"].keys() == {"float32"} and flops["student"].keys() == {"bfloat16"}
 
 
 def keep_what_was_loaded():
