@@ -10,7 +10,6 @@ from typing import Any
 
 import diffusers.models.model_loading_utils as loading_utils
 import huggingface_hub.serialization._torch as sharding
-import safetensors
 import safetensors.torch
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -67,40 +66,17 @@ def load(path: Any, map_location: Any = None, **_: Any) -> Any:
     return tree_map_only(Saved, lambda tensor: tensor.load(map_location), read(path))
 
 
-def save_file(tensors: dict[str, torch.Tensor], filename: Any, metadata: dict[str, str] | None = None) -> None:
+def save_file(tensors: dict[str, torch.Tensor], filename: Any, metadata: Any = None) -> None:
     """In place of safetensors' function, which refuses tensors that are not contiguous."""
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous")
-    write(({name: describe(tensor) for name, tensor in tensors.items()}, metadata), filename)
+    write({name: describe(tensor) for name, tensor in tensors.items()}, filename)
 
 
 def load_file(filename: Any, device: Any = "cpu") -> dict[str, torch.Tensor]:
     """In place of safetensors' function; all tensors are loaded to `device`."""
-    return {name: tensor.load(device) for name, tensor in read(filename)[0].items()}
-
-
-class Opened:
-    """In place of safetensors' safe_open."""
-
-    def __init__(self, filename: Any, framework: str, device: Any = "cpu"):
-        self.tensors, self.saved_metadata = read(filename)
-        self.device = device
-
-    def __enter__(self) -> "Opened":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def metadata(self) -> dict[str, str] | None:
-        return self.saved_metadata
-
-    def keys(self) -> list[str]:
-        return list(self.tensors)
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        return self.tensors[name].load(self.device)
+    return {name: tensor.load(device) for name, tensor in read(filename).items()}
 
 
 def set_tensor(module: torch.nn.Module, name: str, device: Any, value: torch.Tensor, **__: Any) -> None:
@@ -113,7 +89,6 @@ def patch_files(device: SimulatedCuda) -> None:
     """Until the device is left, files of tensors are those of this module."""
     device.patch(torch, "save", save)
     device.patch(torch, "load", load)
-    device.patch(safetensors, "safe_open", Opened)
     device.patch(loading_utils, "set_module_tensor_to_device", set_tensor)
     # Weights of more than 10 GB are split. Without an address all tensors of a size would count as one.
     device.patch(sharding, "storage_ptr", lambda tensor: tensor.untyped_storage()._cdata)
