@@ -1,9 +1,12 @@
 """Files of simulated runs: what comes back of tensors without values, and what is refused."""
 
 import os
+from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
+from conftest import make_unet
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lcm.simulation import files
@@ -40,3 +43,17 @@ def test_other_files_are_refused(tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "a")
     with pytest.raises(ValueError, match=r"cannot read .*a, which it has not written"):
         files.load(tmp_path / "a")
+
+
+def test_networks_are_split_as_real_ones(tmp_path, monkeypatch):
+    """Into the same files, if they are large; and they are loaded again."""
+    make_unet().save_pretrained(tmp_path / "real", max_shard_size="50KB")
+    files.patch_files(SimpleNamespace(patch=monkeypatch.setattr))
+    with FakeTensorMode():
+        unet = make_unet()
+        unet.save_pretrained(tmp_path / "simulated", max_shard_size="50KB")
+        loaded = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "simulated")
+    assert sorted(os.listdir(tmp_path / "simulated")) == sorted(os.listdir(tmp_path / "real"))
+    assert len(os.listdir(tmp_path / "real")) > 4
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in loaded.state_dict().items()}
+    assert shapes == {name: (tensor.shape, tensor.dtype) for name, tensor in unet.state_dict().items()}
