@@ -38,13 +38,14 @@ def place() -> str:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts what is done on the simulated device. `within` sets the phase to which it is added.
+    """Counts what is done on the simulated device, or with another type on a real one. `within` sets the phase.
 
     Sizes are in bytes. An owner is what memory is for: the phase that allocated it, until `assign` names another.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str = "cuda") -> None:
         super().__init__()
+        self.device_type = device_type
         self.phase = "start"
         self.storages: dict[int, tuple[int, str]] = {}  # address: (bytes, owner), of those that are alive
         self.by_owner: Counter[str] = Counter()
@@ -55,6 +56,7 @@ class Ledger(TorchDispatchMode):
 
     def start_step(self) -> None:
         """Forget peaks, FLOPs and waits; memory that is alive stays counted."""
+        self.at_start = self.current
         self.peak, self.peak_phase, self.at_peak = self.current, self.phase, Counter(self.by_owner)
         self.phase_peaks: Counter[str] = Counter()
         self.flops: dict[str, Counter[str]] = defaultdict(Counter)  # phase: {dtype: FLOPs}
@@ -108,6 +110,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operation = func._overloadpacket
+        if operation is torch.ops.prim.device:  # `tensor.device`, half of all calls
+            return func(*args)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if operation is aten._local_scalar_dense:
             return self.read_number(func, args, kwargs)
@@ -119,7 +123,7 @@ class Ledger(TorchDispatchMode):
             return True
         output = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-        on_device = [tensor for tensor in outputs if tensor.device.type == "cuda"]
+        on_device = [tensor for tensor in outputs if tensor.device.type == self.device_type]
         self.check_generator(func, args, kwargs, on_device)
         if operation in (aten._to_copy, aten.copy_, aten.copy):
             source = args[0] if operation is aten._to_copy else args[1]
@@ -156,14 +160,15 @@ class Ledger(TorchDispatchMode):
         if generator is None or not on_device:
             return
         device = self.generators.get(generator._cdata, generator.device)
-        if device.type != "cuda":
-            raise RuntimeError(f"{func}: expected a generator on cuda, but found {device.type}, at {place()}")
+        if device.type != self.device_type:
+            expected = f"expected a generator on {self.device_type}, but found {device.type}"
+            raise RuntimeError(f"{func}: {expected}, at {place()}")
 
     def count(
         self, func: Any, args: Any, kwargs: Any, output: Any, inputs: list[torch.Tensor], on_device: list[torch.Tensor]
     ) -> None:
         """Add up FLOPs and bytes of one operation on the device."""
-        from_device = [tensor for tensor in inputs if tensor.device.type == "cuda"]
+        from_device = [tensor for tensor in inputs if tensor.device.type == self.device_type]
         if not on_device and not from_device:
             return
         read = {tensor.untyped_storage()._cdata for tensor in from_device}

@@ -43,6 +43,8 @@ def describe(record: Record) -> str:
         f"{record.script}: one step on a simulated GPU, in {record.seconds:.0f} s",
         f"Peak memory: {step.peak / 1e9:.2f} GB (10^9 bytes), in the phase {step.peak_phase!r}",
         *([f"Peak memory while pictures are drawn: {record.pictures / 1e9:.2f} GB"] if record.pictures else []),
+        f"Peak memory while a checkpoint is saved or loaded: {record.checkpoints / 1e9:.2f} GB",
+        f"Peak memory while results are written: {record.export / 1e9:.2f} GB",
         "",
         *table([["at the peak", "GB"], *alive]),
         "",

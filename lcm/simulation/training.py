@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -27,11 +28,14 @@ from lcm.models.lora import AdapterView
 from lcm.models.networks import Networks
 from lcm.pictures import validation
 from lcm.pictures.validation import Validation
+from lcm.results import finish
 from lcm.results.finish import Results
 from lcm.run import start
+from lcm.run.checkpoints import Checkpoints
 from lcm.run.progress import Progress
 from lcm.session import Session
 from lcm.simulation.device import SimulatedCuda
+from lcm.simulation.files import patch_files
 
 NUM_STEPS = 2  # in the first one the optimizer makes its states; the second one is like all that follow
 
@@ -40,6 +44,7 @@ NUM_STEPS = 2  # in the first one the optimizer makes its states; the second one
 class Step:
     """What happened in one optimizer step. Sizes are in bytes."""
 
+    start: int  # what was in memory before it
     peak: int
     peak_phase: str
     at_peak: dict[str, int]  # by owner
@@ -61,12 +66,14 @@ class Record:
     loaded: int = 0  # bytes before the first step
     dtypes: dict[str, dict[str, str]] = field(default_factory=dict)  # {network: {argument: dtype}} of each call
     pictures: int = 0  # peak in bytes while pictures are drawn, 0 if none were
+    checkpoints: int = 0  # peak in bytes while checkpoints are saved and loaded
+    export: int = 0  # peak in bytes while the results are written
     seconds: float = 0.0
 
     @property
     def peak(self) -> int:
-        """The peak of memory in bytes, pictures included if they were drawn."""
-        return max(self.pictures, *(step.peak for step in self.steps))
+        """The peak of memory in bytes: of the steps, of checkpoints and results, of pictures if they were drawn."""
+        return max(self.pictures, self.checkpoints, self.export, *(step.peak for step in self.steps))
 
 
 def build(loader: Any, option: str, source: str, **kwargs: Any) -> torch.nn.Module:
@@ -110,13 +117,18 @@ class Simulation:
 
     def run(self) -> Record:
         """Run it. Raises UserError for what the script itself refuses."""
+        with tempfile.TemporaryDirectory() as folder:
+            return self.run_in(folder)
+
+    def run_in(self, folder: str, num_steps: int = NUM_STEPS) -> Record:
+        """Run it up to a step, with this output folder, whose checkpoint `--resume_from_checkpoint=latest` resumes."""
         began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-            args = self.module.parse_args(
-                [*self.options, f"--output_dir={folder}", f"--max_train_steps={NUM_STEPS}", "--report_to=none"]
-            )
+        with contextlib.ExitStack() as stack:
+            own = [f"--output_dir={folder}", f"--max_train_steps={num_steps}", f"--checkpointing_steps={NUM_STEPS}"]
+            args = self.module.parse_args([*self.options, *own, "--report_to=none"])
             stack.callback(self.device.close)
             self.patch_inputs()
+            self.patch_results()
             self.patch_numbers()
             self.patch_phases()
             stack.enter_context(self.device)
@@ -125,7 +137,7 @@ class Simulation:
         return self.record
 
     def patch_inputs(self) -> None:
-        """Networks come from configuration files, batches from `empty_items`; results are not written."""
+        """Networks come from configuration files, batches from `empty_items`."""
         real_load, real_schedule = loading.load_pretrained, family.load_noise_schedule
 
         def load(loader: Any, option: str, source: str, **kwargs: Any) -> Any:
@@ -142,12 +154,30 @@ class Simulation:
         self.device.patch(family, "load_noise_schedule", load_schedule)
         self.device.patch(start, "expand_shards", lambda patterns: ("simulated.tar",))
         self.device.patch(TrainingData, "items", empty_items)
-        self.device.patch(Results, "save", lambda *_: None)
+        for name in ("run", "draw_teacher"):
+            if self.with_pictures:
+                self.note_peak(Validation, name, "pictures")
+            else:
+                self.device.patch(Validation, name, lambda *_: None)
         if self.with_pictures:
             self.patch_pictures()
-        else:
-            self.device.patch(Validation, "run", lambda *_: None)
-            self.device.patch(Validation, "draw_teacher", lambda *_: None)
+
+    def patch_results(self) -> None:
+        """Files of tensors have no content. Results, which soon are gone, are neither announced nor pushed."""
+        patch_files(self.device)
+        self.device.patch(finish, "create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
+        for name in ("push", "draw_curves"):
+            self.device.patch(Results, name, lambda *_: None)
+        for name in ("save", "load_state"):
+            self.note_peak(Checkpoints, name, "checkpoints")
+        self.note_peak(Results, "save", "export")
+        real_save = Results.save
+
+        def save(*args: Any) -> None:
+            with contextlib.redirect_stdout(None):
+                real_save(*args)
+
+        self.device.patch(Results, "save", save)
 
     def patch_pictures(self) -> None:
         """Pictures are blank, and a failure to draw them is an error, not a line in the log."""
@@ -189,8 +219,6 @@ class Simulation:
         device.wrap(accelerate.Accelerator, "clip_grad_norm_", "clipping")
         real_prepare, real_optimizer_step = Networks.prepare, accelerate.optimizer.AcceleratedOptimizer.step
         real_step, real_timed, real_init = Progress.step, Progress.timed, Session.__init__
-        for name in ("run", "draw_teacher"):
-            self.note_pictures(name)
 
         def init(
             session: Session, accelerator: Any, args: Any, plan: Any, parts: Any, networks: Any, *more: Any
@@ -235,18 +263,19 @@ class Simulation:
         device.patch(Progress, "timed", timed)
         device.patch(Progress, "step", step)
 
-    def note_pictures(self, name: str) -> None:
-        """Note the peak of memory in a method of Validation."""
-        draw, ledger = getattr(Validation, name), self.ledger
+    def note_peak(self, owner: type, name: str, what: str) -> None:
+        """Note the peak of memory in a method, which is not part of a step, as this entry of the record."""
+        method, ledger, record = getattr(owner, name), self.ledger, self.record
 
-        def noted(*args: Any) -> None:
+        def noted(*args: Any) -> Any:
             ledger.start_step()
-            with ledger.within("pictures"):
-                draw(*args)
-            self.record.pictures = max(self.record.pictures, ledger.phase_peaks["pictures"])
+            with ledger.within(what):
+                result = method(*args)
+            setattr(record, what, max(getattr(record, what), ledger.peak))
             ledger.start_step()
+            return result
 
-        self.device.patch(Validation, name, noted)
+        self.device.patch(owner, name, noted)
 
     def name_networks(self, networks: Networks) -> None:
         """Count each network's calls as a phase, and note the dtypes that it is given and returns."""
@@ -280,6 +309,7 @@ class Simulation:
         """The ledger's figures for the step that has just ended."""
         ledger = self.ledger
         return Step(
+            ledger.at_start,
             ledger.peak,
             ledger.peak_phase,
             positive(ledger.at_peak),

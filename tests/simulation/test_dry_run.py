@@ -24,15 +24,20 @@ def options(teacher):
 
 
 def test_what_it_prints_and_writes(teacher, tmp_path):
-    """No shards, no weights, no output folder; the pictures are drawn, too."""
+    """No shards, no weights, no output folder, nothing on the Hub; the pictures are drawn, too."""
     path = tmp_path / "figures.json"
-    done = command("--gpu_memory=1", "--pictures", f"--json={path}", *options(teacher))
+    done = command("--gpu_memory=1", "--pictures", f"--json={path}", *options(teacher), "--push_to_hub")
     assert done.returncode == 0, done.stderr
-    assert "Peak memory: " in done.stdout and "Peak memory while pictures are drawn: " in done.stdout
+    for what in ("", " while pictures are drawn", " while a checkpoint is saved", " while results are written"):
+        assert f"Peak memory{what}" in done.stdout
+    assert "from_pretrained" not in done.stdout
     assert "0.0 GB fits in 1 GB, before what is not included" in done.stdout
     assert "The host waits for the device 1 times in a step" in done.stdout
     figures = json.loads(path.read_text())
-    assert figures["peak"] >= max(step["peak"] for step in figures["steps"]) > figures["loaded"] > 0
+    steps = [step["peak"] for step in figures["steps"]]
+    assert figures["peak"] == max(*steps, *(figures[what] for what in ("pictures", "checkpoints", "export")))
+    assert max(steps) > figures["loaded"] > 0
+    assert 0 < dry_run.peak_of([*options(teacher), "--train_batch_size=1"]) < figures["peak"]
 
 
 def test_what_the_script_refuses_is_one_line(tmp_path):
@@ -57,8 +62,3 @@ def test_what_is_tried_if_it_does_not_fit(teacher):
         ["--train_batch_size=2", "--gradient_accumulation_steps=6"],
         ["--train_batch_size=1", "--gradient_accumulation_steps=12"],
     ]
-
-
-def test_the_peak_of_another_command(teacher):
-    less, more = (dry_run.peak_of([*options(teacher), f"--train_batch_size={size}"]) for size in (1, 16))
-    assert 0 < less < more

@@ -1,152 +1,153 @@
-"""All four scripts on a simulated GPU: devices, dtypes, waits of the host, memory.
+"""All four scripts on a simulated GPU: devices, dtypes, waits of the host, memory, checkpoints, results, pictures."""
 
-Each run has its own process, forked from a server that never ran a backward pass: autograd notes which devices there
-are when it starts.
-"""
-
-import dataclasses
-import json
-import multiprocessing
-import traceback
-
+import diffusers
 import pytest
 from conftest import SCRIPTS, Script
+from simulated import (
+    copies_on_device,
+    expected_dtypes,
+    found_dtypes,
+    place_of,
+    simulated,
+    states_and_trained,
+    the_one_wait,
+)
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["lcm.simulation.training"])
+from lcm.models.lora import DEFAULT_TARGETS
+
 HALF = {"fp16": "float16", "bf16": "bfloat16"}
+# In fp16 the options that most often hide a mistake, and another run that resumes; in bf16 the pictures.
 HARD = ["--gradient_checkpointing", "--gradient_accumulation_steps=2", "--cast_teacher_unet", "--ema_decay=0.5"]
+EASY = ["--use_8bit_adam", "--validation_steps=1", "--validation_teacher_steps=1"]
+
+every_run = pytest.mark.parametrize(("name", "precision"), [(name, half) for name in SCRIPTS for half in HALF])
+every_script = pytest.mark.parametrize("name", SCRIPTS)
+whole_unets = pytest.mark.parametrize("name", [name for name in SCRIPTS if "lora" not in name])
 
 
-def simulate(script, options, plant, path):
-    """Run in a process of its own: write the record, or why there is none, to a file."""
-    try:
-        from lcm.simulation.training import Simulation
+@pytest.fixture(scope="module")
+def runs(teacher, sdxl_teacher, shards, tmp_path_factory):
+    """A function of a script's name and the precision: the script and the records of its runs, each run once."""
+    made = {}
 
-        if plant:
-            plant()
-        found = dataclasses.asdict(Simulation(script, options).run())
-    except BaseException:
-        found = {"error": traceback.format_exc()}
-    path.write_text(json.dumps(found))
+    def run(name, precision):
+        script = Script(name, sdxl_teacher if "sdxl" in name else teacher, shards, SCRIPTS[name])
+        if (name, precision) not in made:
+            folder, mixed = tmp_path_factory.mktemp(name), f"--mixed_precision={precision}"
+            made[name, precision] = (
+                simulated(script, folder, mixed, *HARD, resumed_to=3)
+                if precision == "fp16"
+                else [simulated(script, folder, mixed, *EASY, with_pictures=True)]
+            )
+        return script, made[name, precision]
 
-
-def simulated(script, folder, *more, plant=None):
-    """The Record of a simulated run as a dict. `plant` is called before, in the process of the run."""
-    path = folder / "record.json"
-    process = SERVER.Process(target=simulate, args=(script.path.stem, script.options(folder, *more), plant, path))
-    process.start()
-    process.join()
-    return json.loads(path.read_text())
+    return run
 
 
-def waits(record):
-    """(phase, kind, file) of each wait in the last step, without line numbers."""
-    return [(phase, kind, place.split(":")[0]) for phase, kind, place, _ in record["steps"][-1]["waits"]]
+def steps_of(records):
+    return [step for record in records for step in record["steps"]]
 
 
-@pytest.fixture(scope="module", params=[(name, precision) for name in SCRIPTS for precision in HALF], ids="-".join)
-def record(request, teacher, sdxl_teacher, shards, tmp_path_factory):
-    """(script, precision, what it did) of a run with the options that most often hide a mistake."""
-    name, precision = request.param
-    script = Script(name, sdxl_teacher if "sdxl" in name else teacher, shards, SCRIPTS[name])
-    more = [f"--mixed_precision={precision}", *HARD]
-    done = simulated(script, tmp_path_factory.mktemp(name), *more)
-    assert "error" not in done, done["error"]
-    return script, precision, done
+def num_trained(script):
+    """How many tensors are trained: all of the U-Net and the projection of the guidance, or two a layer."""
+    unet = diffusers.UNet2DConditionModel.from_pretrained(script.teacher, subfolder="unet")
+    if script.is_lora:
+        return 2 * sum(name.endswith(DEFAULT_TARGETS) for name, _ in unet.named_modules())
+    return 1 + len(list(unet.parameters()))
 
 
-def test_the_host_waits_once_in_a_step(record):
-    """For the numbers of the metrics, among them whether gradients overflowed."""
-    _, _, done = record
-    assert waits(done) == [("check", "tolist", "lcm/run/progress.py")]
-    assert all(count == 1 for *_, count in done["steps"][-1]["waits"])
+@every_script
+def test_the_host_waits_once_in_a_step(runs, name):
+    """For the numbers of the metrics, among them whether gradients overflowed. So it is after a resume."""
+    _, records = runs(name, "fp16")
+    assert [step["waits"] for step in steps_of(records)] == [[the_one_wait()]] * 3
 
 
-def test_dtypes_of_the_networks(record):
-    """Latents and micro-conditioning are float32, embeddings and outputs are in the mixed precision."""
-    script, precision, done = record
-    half = HALF[precision]
-    given = {"sample": "float32", "timestep": "int64", "encoder_hidden_states": half}
-    if script.is_sdxl:
-        given |= {"text_embeds": half, "time_ids": "float32"}
-    embedded = given if script.is_lora else given | {"timestep_cond": "float32"}
-    for network, expected in (("teacher", given), ("target", embedded), ("student", embedded)):
-        found = dict(done["dtypes"][network])
-        assert found.pop("output") in (half, "float32")
-        assert found == expected, network
+@every_script
+def test_the_waits_of_8_bit_adam(runs, name):
+    """One for each tensor. In the first step also for its two tables, if a tensor is large enough for 8 bits, which
+    those of the LoRAs here are not."""
+    script, records = runs(name, "bf16")
+    place = place_of(script.path.name, "optimizer.step()")
+    tables = [] if script.is_lora else [["optimizer", "copy from cpu to cuda", place, 2]]
+    every = ["optimizer", "synchronize", place, num_trained(script)]
+    first, second = steps_of(records)
+    assert first["waits"] == [the_one_wait(), *tables, every]
+    assert second["waits"] == [the_one_wait(), every]
 
 
-def test_matrix_products_are_in_16_bits(record):
-    """Those of the adapters too. Nothing is in float64, but the one number that torch's gradient scaler inverts so."""
-    _, precision, done = record
-    for step in done["steps"]:
+@every_run
+def test_dtypes_of_the_networks(runs, name, precision):
+    """Outputs are in the mixed precision, or float32 where accelerate casts them."""
+    script, records = runs(name, precision)
+    for record in records:
+        given, returned = found_dtypes(record)
+        assert given == expected_dtypes(script, HALF[precision])
+        assert returned <= {HALF[precision], "float32"}
+
+
+@every_run
+def test_matrix_products_are_in_16_bits(runs, name, precision):
+    """Those of the adapters too, but not those of SDXL's VAE, which overflows in fp16. Nothing is in float64, but the
+    one number that torch's gradient scaler inverts so."""
+    script, records = runs(name, precision)
+    scaler = {("clipping", place_of(script.path.name, "accelerator.clip_grad_norm_("))}
+    for step in steps_of(records):
         for phase in ("teacher", "target", "student", "backward", "text encoders"):
             assert step["flops"][phase].keys() == {HALF[precision]}, phase
-        assert {phase for phase, *_ in step["float64_places"]} <= ({"clipping"} if precision == "fp16" else set())
+        assert [phase for phase, *_ in step["float32_places"]] == (["VAE"] if script.is_sdxl else [])
+        found = {(phase, place) for phase, place, _ in step["float64_places"]}
+        assert found == (scaler if precision == "fp16" else set())
 
 
-def test_memory_is_given_back(record):
+@every_run
+def test_memory_is_given_back(runs, name, precision):
     """The second step takes what the first one took, and the optimizer's states."""
-    _, _, done = record
-    first, second = done["steps"]
-    assert 0 < done["loaded"] < first["peak"] <= second["peak"]
-    assert sum(second["at_peak"].values()) == second["peak"]
+    record = runs(name, precision)[1][0]
+    first, second = record["steps"]
+    assert 0 < record["loaded"] < first["peak"] <= second["peak"]
+    for step in (first, second):
+        assert sum(step["at_peak"].values()) == step["peak"]
 
 
-# Mistakes that only a GPU shows: each is planted, and noticed.
+@whole_unets
+def test_the_teacher_is_cast(runs, name):
+    """With `--cast_teacher_unet` its weights take half of the memory; tensors begin at multiples of 512 bytes."""
+    for step in steps_of(runs(name, "fp16")[1]):
+        assert step["at_peak"]["weights of the teacher"] < 0.7 * step["at_peak"]["weights of the target"]
 
 
-@pytest.fixture
-def sd(teacher, shards):
-    return Script("sd", teacher, shards, SCRIPTS["sd"])
+@whole_unets
+def test_8_bit_states(runs, name):
+    """They take less than two float32 numbers for each weight, though small tensors keep those."""
+    states, trained = states_and_trained(runs(name, "bf16")[1][0])
+    assert 0 < states < 2 * trained
 
 
-def make_generators_of_the_host():
-    import torch
-
-    from lcm import session
-
-    session.step_generator = lambda *_: torch.Generator()
-
-
-def test_a_generator_of_the_host(sd, tmp_path):
-    done = simulated(sd, tmp_path, "--mixed_precision=bf16", plant=make_generators_of_the_host)
-    assert "expected a generator on cuda, but found cpu" in done["error"]
+@every_run
+def test_checkpoints_and_results_are_made_on_the_host(runs, name, precision):
+    """What the device holds beside weights and states is the last batch."""
+    record = runs(name, precision)[1][0]
+    for what in ("checkpoints", "export"):
+        assert 0 < copies_on_device(record, what) < 0.25
 
 
-def keep_tokens_on_the_host():
-    from lcm.models import prompts
-
-    prompts.send = lambda tensor, device: tensor
-
-
-def test_a_tensor_that_stays_on_the_host(sd, tmp_path):
-    done = simulated(sd, tmp_path, "--mixed_precision=bf16", plant=keep_tokens_on_the_host)
-    assert "found at least two devices, cuda:0 and cpu" in done["error"]
-
-
-def read_the_loss():
-    import lcm_common
-
-    loss = lcm_common.consistency_loss
-    lcm_common.consistency_loss = lambda *args: (found := loss(*args), found.mean().item())[0]
+@every_script
+def test_a_resumed_run_goes_on_as_the_unbroken_one(runs, name):
+    """Weights and states come back, to the device, in their dtypes, and once; the next step is like the one before."""
+    whole, resumed = runs(name, "fp16")[1]
+    states, _ = states_and_trained(whole)
+    assert resumed["loaded"] == whole["loaded"] + states
+    assert 0 < resumed["checkpoints"] <= resumed["loaded"]
+    before, after = whole["steps"][-1], *resumed["steps"]
+    for what in ("peak", "peak_phase", "at_peak", "flops", "waits", "float32_places", "float64_places"):
+        assert after[what] == before[what], what
 
 
-def test_a_number_that_is_read_in_the_loop(sd, tmp_path):
-    done = simulated(sd, tmp_path, "--mixed_precision=bf16", plant=read_the_loss)
-    assert [kind for _, kind, _ in waits(done)] == ["tolist", "item"]
-
-
-def load_text_encoders_in_float32():
-    import torch
-
-    from lcm.models import prompts
-
-    prompts.weight_dtype = lambda accelerator: torch.float32
-
-
-def test_a_network_that_stays_in_float32(sd, tmp_path):
-    done = simulated(sd, tmp_path, "--mixed_precision=bf16", plant=load_text_encoders_in_float32)
-    assert done["steps"][-1]["flops"]["text encoders"].keys() == {"float32"}
-    assert done["dtypes"]["student"]["encoder_hidden_states"] == "float32"
+@every_script
+def test_pictures(runs, name):
+    """They are drawn before the first step, between the steps and at the end. A failure would end a simulated run, and
+    the tests above see that the step between them is like any other."""
+    record = runs(name, "bf16")[1][0]
+    assert record["pictures"] > record["loaded"]
+    assert runs(name, "fp16")[1][0]["pictures"] == 0
