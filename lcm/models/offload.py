@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 class OnDevice(contextlib.AbstractContextManager["OnDevice"]):
     """Holds the weights of frozen networks on `device` while it is entered. May be entered again meanwhile.
 
-    If `is_offloaded`, they lie in host memory otherwise, pinned for a GPU, else nothing happens. The host does not wait
-    for the copies. diffusers' group offloading needs less memory during a forward pass, where the peak is not, but it
-    waits for each layer.
+    If `is_offloaded`, they lie in host memory otherwise, pinned for a GPU, else nothing happens. The host does not
+    wait for the copies. diffusers' group offloading needs less memory during a forward pass, where the peak is not,
+    but it waits for each layer.
     """
 
     def __init__(self, networks: Iterable[torch.nn.Module], is_offloaded: bool, device: torch.device):

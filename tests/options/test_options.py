@@ -114,7 +114,10 @@ OWN_FULL = {"offload_ema": False}
 OWN_LORA = {"ema_decay": None, "validation_guidance_scale": [1.0]}
 OWN_SDXL = {"max_watermark_probability": 0.5}
 DEFAULTS = {
-    name: public | OWN_COMMON | (OWN_LORA if name.startswith("lora") else OWN_FULL) | (OWN_SDXL if "sdxl" in name else {})
+    name: public
+    | OWN_COMMON
+    | (OWN_LORA if name.startswith("lora") else OWN_FULL)
+    | (OWN_SDXL if "sdxl" in name else {})
     for name, public in PUBLIC_DEFAULTS.items()
 }
 # The types of the public options that are unset by default, or 0; the others have the type of their default.
