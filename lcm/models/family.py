@@ -40,9 +40,8 @@ class Family:
         self.encode_prompts = self.prompt_encoder_class(args, accelerator)
         self.vae = load_vae(args, accelerator, dtype=self.vae_dtype())
         encoders = [part for part in self.encode_prompts.components.values() if isinstance(part, torch.nn.Module)]
-        self.vae_on_device, self.encoders_on_device = (
-            OnDevice(networks, args.offload, accelerator.device) for networks in ([self.vae], encoders)
-        )
+        self.vae_on_device = OnDevice("VAE", [self.vae], args.offload, accelerator.device)
+        self.encoders_on_device = OnDevice("text encoders", encoders, args.offload, accelerator.device)
 
     def vae_dtype(self) -> torch.dtype:
         """The precision of the VAE."""

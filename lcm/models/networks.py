@@ -148,8 +148,8 @@ class WholeUNet(Networks):
             if self.args.offload_ema:
                 raise UserError("--offload_ema: FSDP splits the moving average already; allowed: one of the two")
             self.target = shard_like_student(accelerator, self.target)
-        teacher_on_device = while_called(self.teacher, self.args.offload, accelerator.device)
-        self.target_on_device = while_called(self.target, self.args.offload_ema, accelerator.device)
+        teacher_on_device = while_called("teacher", self.teacher, self.args.offload, accelerator.device)
+        self.target_on_device = while_called("moving average", self.target, self.args.offload_ema, accelerator.device)
         self.teacher_view = partial(eval_mode, self.teacher, teacher_on_device)
         self.views = {
             "student": partial(eval_mode, self.unet, contextlib.nullcontext()),

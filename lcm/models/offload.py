@@ -13,12 +13,12 @@ logger = logging.getLogger(__name__)
 class OnDevice(contextlib.AbstractContextManager["OnDevice"]):
     """Holds the weights of frozen networks on `device` while it is entered. May be entered again meanwhile.
 
-    If `is_offloaded`, they lie in host memory otherwise, pinned for a GPU, else nothing happens. The host does not
-    wait for the copies. diffusers' group offloading needs less memory during a forward pass, where the peak is not,
-    but it waits for each layer.
+    `name` is what the log calls them. If `is_offloaded`, they lie in host memory otherwise, pinned for a GPU, else
+    nothing happens. The host does not wait for the copies. diffusers' group offloading needs less memory during a
+    forward pass, where the peak is not, but it waits for each layer.
     """
 
-    def __init__(self, networks: Iterable[torch.nn.Module], is_offloaded: bool, device: torch.device):
+    def __init__(self, name: str, networks: Iterable[torch.nn.Module], is_offloaded: bool, device: torch.device):
         self.device, self.depth = device, 0
         self.weights: list[tuple[dict[str, Any], str, torch.Tensor]] = []  # of a module: its table, a name, the weight
         if is_offloaded:
@@ -31,7 +31,7 @@ class OnDevice(contextlib.AbstractContextManager["OnDevice"]):
                             table[name] = like(tensor, host)
                             self.weights.append((table, name, table[name]))
             size = sum(weight.numel() * weight.element_size() for *_, weight in self.weights)
-            logger.info("%.3g GB of weights wait in host memory while the GPU does not need them", size / 1e9)
+            logger.info("In host memory while not used: %s, %.3g GB", name, size / 1e9)
 
     def __enter__(self) -> "OnDevice":
         self.depth += 1
@@ -58,9 +58,9 @@ def like(original: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return torch.nn.Parameter(values, requires_grad=False) if is_parameter else values
 
 
-def while_called(network: torch.nn.Module, is_offloaded: bool, device: torch.device) -> OnDevice:
+def while_called(name: str, network: torch.nn.Module, is_offloaded: bool, device: torch.device) -> OnDevice:
     """An OnDevice for a network that is entered for each of its forward passes."""
-    on_device = OnDevice([network], is_offloaded, device)
+    on_device = OnDevice(name, [network], is_offloaded, device)
     if on_device.weights:
         network.register_forward_pre_hook(lambda *_: on_device.__enter__() and None)
         network.register_forward_hook(lambda *_: on_device.__exit__(), always_call=True)

@@ -51,6 +51,11 @@ def simulated(script, folder, *more, num_steps=2, resumed_to=None, with_pictures
     return found if resumed_to else found[0]
 
 
+def steps_of(records):
+    """The steps of several runs."""
+    return [step for record in records for step in record["steps"]]
+
+
 def place_of(path, text):
     """file:line of the one line of the project with this text."""
     lines = (ROOT / path).read_text().splitlines()

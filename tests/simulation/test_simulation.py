@@ -10,6 +10,7 @@ from simulated import (
     place_of,
     simulated,
     states_and_trained,
+    steps_of,
     the_one_wait,
 )
 
@@ -42,10 +43,6 @@ def runs(teacher, sdxl_teacher, shards, tmp_path_factory):
         return script, made[name, precision]
 
     return run
-
-
-def steps_of(records):
-    return [step for record in records for step in record["steps"]]
 
 
 def num_trained(script):
