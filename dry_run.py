@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 
 from lcm.errors import UserError, run
-from lcm.options.types import make_parser, number
+from lcm.options.types import integer, make_parser, number
 
 SCRIPTS = [f"train_lcm_distill_{kind}_wds.py" for kind in ("sd", "sdxl", "lora_sd", "lora_sdxl")]
 
@@ -28,7 +28,7 @@ SCRIPTS = [f"train_lcm_distill_{kind}_wds.py" for kind in ("sd", "sdxl", "lora_s
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The options of this command, and the script with its own."""
     parser = make_parser(__doc__, __file__)
-    parser.usage = "%(prog)s [--gpu_memory GB] [--pictures] [--json FILE] SCRIPT OPTIONS"
+    parser.usage = "%(prog)s [OPTIONS OF ITS OWN] SCRIPT OPTIONS"
     add = parser.add_argument
     add(
         "--gpu_memory",
@@ -40,6 +40,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--pictures",
         action="store_true",
         help="Also draw the validation pictures, whose memory may be the largest. Takes longer.",
+    )
+    add(
+        "--processes",
+        type=integer(1),
+        default=1,
+        metavar="N",
+        help="Simulate one process of N: DistributedDataParallel, or FSDP if accelerate is configured for it.",
+    )
+    add(
+        "--config_file",
+        metavar="FILE",
+        help="That of `accelerate launch`, for --processes. Default: that of `accelerate config`, if there is one.",
     )
     add("--json", metavar="FILE", help="Also write the figures to a file.")
     add("script", choices=SCRIPTS, metavar="SCRIPT", help=f"One of {', '.join(SCRIPTS)}.")
@@ -53,7 +65,8 @@ def dry_run(args: argparse.Namespace) -> None:
     from lcm.simulation.report import describe, table
     from lcm.simulation.training import Simulation
 
-    record = Simulation(args.script.removesuffix(".py"), args.options, args.pictures).run()
+    script = args.script.removesuffix(".py")
+    record = Simulation(script, args.options, args.pictures, args.processes, args.config_file).run()
     print(describe(record))
     if args.json:
         try:

@@ -1,5 +1,6 @@
 """What a simulated run tells the user, as text."""
 
+from lcm.simulation.processes import BUCKETS, GATHERED
 from lcm.simulation.training import Record
 
 NOT_INCLUDED = (
@@ -7,7 +8,7 @@ NOT_INCLUDED = (
     "fragmentation. Together they take 1 to 4 GB; that is a guess, not measured."
 )
 ACTIVATIONS = {"student", "backward"}  # phases whose tensors are kept for the backward pass, or made by it
-NAMED = {"gradients", "states of the optimizer", "weights cast by autocast", "weights that are trained"} | {
+NAMED = {"gradients", "states of the optimizer", "weights cast by autocast", "weights that are trained"} | {BUCKETS, GATHERED} | {
     f"weights of {network}" for network in ("the teacher", "the student", "the target", "the VAE", "text encoders")
 }
 

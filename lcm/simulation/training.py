@@ -34,6 +34,7 @@ from lcm.run import start
 from lcm.run.checkpoints import Checkpoints
 from lcm.run.progress import Progress
 from lcm.session import Session
+from lcm.simulation import processes
 from lcm.simulation.device import SimulatedCuda
 from lcm.simulation.files import patch_files
 
@@ -107,11 +108,22 @@ def empty_items(data: TrainingData) -> Iterator[Item]:
 
 
 class Simulation:
-    """Runs `train` of a script for NUM_STEPS steps on a simulated device; `record` says what happened."""
+    """Runs `train` of a script for NUM_STEPS steps on a simulated device; `record` says what happened.
 
-    def __init__(self, script: str, options: list[str], with_pictures: bool = False):
+    With `num_processes` it is one of several, as accelerate's `config_file` and the environment say.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        options: list[str],
+        with_pictures: bool = False,
+        num_processes: int = 1,
+        config_file: str | None = None,
+    ):
         self.module = importlib.import_module(script)
         self.options, self.with_pictures = options, with_pictures
+        self.num_processes, self.config_file = num_processes, config_file
         self.device, self.record = SimulatedCuda(), Record(script, options)
         self.ledger = self.device.ledger
 
@@ -132,6 +144,8 @@ class Simulation:
             self.patch_numbers()
             self.patch_phases()
             stack.enter_context(self.device)
+            if self.num_processes > 1:
+                processes.launch(self.device, self.num_processes, self.config_file)
             self.module.train(args)
         self.record.seconds = time.perf_counter() - began
         return self.record
@@ -232,6 +246,8 @@ class Simulation:
         def prepare(networks: Networks, *args: Any) -> Any:
             optimizer = real_prepare(networks, *args)
             ledger.assign(tensors_of(networks.unet), "weights of the student")
+            if networks.is_sharded:
+                ledger.assign(tensors_of(networks.target), "weights of the target")
             for parameter in networks.trainable_parameters():
                 ledger.assign([parameter], "weights that are trained")
                 parameter.register_post_accumulate_grad_hook(lambda p: ledger.assign([p.grad], "gradients"))
