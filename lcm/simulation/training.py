@@ -72,9 +72,18 @@ class Record:
     seconds: float = 0.0
 
     @property
+    def peaks(self) -> dict[str, int]:
+        """{part of the run: its peak of memory in bytes}: the phases of the steps, pictures, checkpoints, results."""
+        found = {what: getattr(self, what) for what in ("pictures", "checkpoints", "export")}
+        for step in self.steps:
+            for phase, peak in {"start": step.start, **step.phase_peaks}.items():
+                found[phase] = max(found.get(phase, 0), peak)
+        return found
+
+    @property
     def peak(self) -> int:
         """The peak of memory in bytes: of the steps, of checkpoints and results, of pictures if they were drawn."""
-        return max(self.pictures, self.checkpoints, self.export, *(step.peak for step in self.steps))
+        return max(self.peaks.values())
 
 
 def build(loader: Any, option: str, source: str, **kwargs: Any) -> torch.nn.Module:
@@ -242,12 +251,12 @@ class Simulation:
             ledger.assign((tensor for part in encoders for tensor in tensors_of(part)), "weights of text encoders")
             self.name_networks(networks)
             real_init(session, accelerator, args, plan, parts, networks, *more)
+            if networks.is_sharded:
+                ledger.assign(tensors_of(networks.target), "weights of the target")
 
         def prepare(networks: Networks, *args: Any) -> Any:
             optimizer = real_prepare(networks, *args)
             ledger.assign(tensors_of(networks.unet), "weights of the student")
-            if networks.is_sharded:
-                ledger.assign(tensors_of(networks.target), "weights of the target")
             for parameter in networks.trainable_parameters():
                 ledger.assign([parameter], "weights that are trained")
                 parameter.register_post_accumulate_grad_hook(lambda p: ledger.assign([p.grad], "gradients"))
