@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING
 from lcm.errors import UserError, run
 from lcm.options.types import integer, make_parser, number
 
+if TYPE_CHECKING:
+    from lcm.simulation.training import Record
+
 SCRIPTS = [f"train_lcm_distill_{kind}_wds.py" for kind in ("sd", "sdxl", "lora_sd", "lora_sdxl")]
 
 
@@ -87,7 +90,7 @@ def advice(args: argparse.Namespace, record: "Record") -> str:
         return f"{peak / 1e9:.1f} GB fits in {size}, before what is not included."
     print(f"\n{peak / 1e9:.1f} GB does not fit in {size}. With other options:", flush=True)
     parsed = importlib.import_module(record.script).parse_args([*record.options, "--max_train_steps=1"])
-    command = Command(record.script, tuple(record.options), args.pictures)
+    command = Command(record.script, tuple(record.options), args.pictures, args.processes, args.config_file)
     return Advice(command, parsed, record.peaks, args.gpu_memory * 1e9).describe()
 
 

@@ -33,6 +33,7 @@ from lcm.results.finish import Results
 from lcm.run import start
 from lcm.run.checkpoints import Checkpoints
 from lcm.run.progress import Progress
+from lcm.run.signals import StopSignals
 from lcm.session import Session
 from lcm.simulation import processes
 from lcm.simulation.device import SimulatedCuda
@@ -217,7 +218,7 @@ class Simulation:
         self.device.patch(validation, "first_line", raise_again)
 
     def patch_numbers(self) -> None:
-        """Numbers that nobody computes: those of `Progress.check` are finite, and no signal came."""
+        """Numbers that nobody computes: those of `Progress.check` are finite. No signal comes: Ctrl-C ends the run."""
         ledger = self.ledger
 
         def tolist(tensor: FakeTensor) -> list[float]:
@@ -230,7 +231,11 @@ class Simulation:
                 real_check(progress, *args)
             progress.stopping = False
 
+        def no_handlers(signals: StopSignals, *_: Any, **__: Any) -> None:
+            signals.received, signals.previous = None, {}
+
         self.device.patch(FakeTensor, "tolist", tolist)
+        self.device.patch(StopSignals, "__init__", no_handlers)
         real_check = self.device.patch(Progress, "check", check)
 
     def patch_phases(self) -> None:
