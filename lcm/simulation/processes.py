@@ -69,7 +69,8 @@ def launchers_variables(num_processes: int, config_file: str | None) -> dict[str
 def set_environment(device: SimulatedCuda, variables: dict[str, str]) -> None:
     """Set variables of the environment until the device is left."""
     before = dict(os.environ)
-    device.callback(lambda: (os.environ.clear(), os.environ.update(before)))
+    device.callback(os.environ.update, before)
+    device.callback(os.environ.clear)  # which comes first
     os.environ.update(variables)
 
 

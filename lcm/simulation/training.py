@@ -64,6 +64,7 @@ class Record:
 
     script: str
     options: list[str]
+    num_processes: int = 1  # of which this is one
     steps: list[Step] = field(default_factory=list)
     loaded: int = 0  # bytes before the first step
     dtypes: dict[str, dict[str, str]] = field(default_factory=dict)  # {network: {argument: dtype}} of each call
@@ -134,7 +135,7 @@ class Simulation:
         self.module = importlib.import_module(script)
         self.options, self.with_pictures = options, with_pictures
         self.num_processes, self.config_file = num_processes, config_file
-        self.device, self.record = SimulatedCuda(), Record(script, options)
+        self.device, self.record = SimulatedCuda(), Record(script, options, num_processes)
         self.ledger = self.device.ledger
 
     def run(self) -> Record:
