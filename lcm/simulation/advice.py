@@ -89,7 +89,9 @@ class Advice:
     def smallest_set(self) -> More:
         """The first of the smallest sets that fit; only those are simulated that should."""
         for number in range(2, len(self.alone)):
-            likely = [parts for parts in combinations(self.alone, number) if self.predicted(parts) <= self.memory]
+            # Reversed twice, so that a set with a later option comes later.
+            every = [parts[::-1] for parts in combinations(self.alone[::-1], number)][::-1]
+            likely = [parts for parts in every if self.predicted(parts) <= self.memory]
             sets = [self.with_options(tuple(chain.from_iterable(one.more for one in parts))) for parts in likely]
             for first in range(0, len(sets), num_cores()):
                 chunk = sets[first : first + num_cores()]
