@@ -129,10 +129,8 @@ class Advice:
             return Suggestion(self.all, size, passes)
 
         known = {1: self.peak(sized(1))}  # {size: peak}
-        low, high = (
-            1,
-            self.size + (sized(self.size) not in self.found),
-        )  # the largest that fits, the next that does not
+        # The largest that is known to fit, the smallest that is not to be tried.
+        low, high = 1, self.size + (passes < self.given.passes)
         sizes = {max(2, self.size // 2)}
         while sizes := {size for size in sizes if low < size < high}:
             self.simulate(map(sized, sorted(sizes)))
