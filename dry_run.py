@@ -35,8 +35,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--gpu_memory",
         type=number(0, above=0),
         metavar="GB",
-        help="Memory of the card, in 10^9 bytes. Says whether it is enough; if not, simulates options that save memory "
-        "and says which to add.",
+        help="Memory of the card, in 10^9 bytes. Says whether it is enough; if not, simulates options that save "
+        "memory and says which to add.",
     )
     add(
         "--pictures",
