@@ -12,7 +12,13 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
 
 from lcm.data.shards import expand_shards
 from lcm.errors import UserError, first_line
@@ -70,7 +76,11 @@ def make_accelerator(args: Options) -> Accelerator:
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
             # Processes wait for the main one while it saves and draws; the default timeout is 10 minutes.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+            # Gradients are parts of the buckets that processes share: else each is in memory twice.
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(

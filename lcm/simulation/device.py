@@ -90,6 +90,8 @@ class SimulatedCuda(contextlib.ExitStack):
         self.patch(F, "scaled_dot_product_attention", attention)
         self.patch(FakeTensorMode, "avoid_device_init", property(lambda mode: True))
         self.patch(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor)
+        real_resize = torch.UntypedStorage.resize_
+        self.patch(torch.UntypedStorage, "resize_", lambda *args: self.resize(real_resize, *args))
         # On CUDA, optimizers and clipping use foreach kernels, for types that they know.
         for module in (sys.modules["torch.optim.optimizer"], sys.modules["torch.utils._foreach_utils"]):
             known = module._foreach_supported_types  # type: ignore[attr-defined]
@@ -99,6 +101,12 @@ class SimulatedCuda(contextlib.ExitStack):
         self.enter_context(self.mode)
         self.enter_context(self.ledger)
         return self
+
+    def resize(self, real_resize: Any, storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        """`UntypedStorage.resize_`, counted."""
+        real_resize(storage, size)
+        self.ledger.resized(storage)
+        return storage
 
     def answers(self) -> dict[str, Any]:
         """The functions of torch.cuda that ask about the device."""

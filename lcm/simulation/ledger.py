@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -35,6 +36,11 @@ def place() -> str:
             return f"{Path(name).relative_to(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
     return "outside"
+
+
+def rounded(size: int) -> int:
+    """The bytes that the allocator takes for a size."""
+    return -(-size // GRANULE) * GRANULE
 
 
 class Ledger(TorchDispatchMode):
@@ -81,7 +87,8 @@ class Ledger(TorchDispatchMode):
     def assign(self, tensors: Iterable[torch.Tensor], owner: str) -> None:
         """Name the owner of the memory of tensors."""
         for tensor in tensors:
-            address = tensor.untyped_storage()._cdata
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            address = local.untyped_storage()._cdata
             if address in self.storages:
                 size, before = self.storages[address]
                 self.by_owner[before] -= size
@@ -93,14 +100,26 @@ class Ledger(TorchDispatchMode):
         address = storage._cdata
         if address in self.storages:
             return
-        size = -(-storage.nbytes() // GRANULE) * GRANULE
+        size = rounded(storage.nbytes())
         self.storages[address] = (size, owner)
+        self.add(size, owner)
+        weakref.finalize(storage, self.free, address)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Note that a storage has another size now."""
+        if storage._cdata in self.storages:
+            before, owner = self.storages[storage._cdata]
+            size = rounded(storage.nbytes())
+            self.storages[storage._cdata] = (size, owner)
+            self.add(size - before, owner)
+
+    def add(self, size: int, owner: str) -> None:
+        """Count more memory, or less."""
         self.current += size
         self.by_owner[owner] += size
         self.phase_peaks[self.phase] = max(self.phase_peaks[self.phase], self.current)
         if self.current > self.peak:
             self.peak, self.peak_phase, self.at_peak = self.current, self.phase, Counter(self.by_owner)
-        weakref.finalize(storage, self.free, address)
 
     def free(self, address: int) -> None:
         size, owner = self.storages.pop(address)
@@ -108,6 +127,8 @@ class Ledger(TorchDispatchMode):
         self.by_owner[owner] -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # the operation comes again, with the part of the tensor that is here
         kwargs = kwargs or {}
         operation = func._overloadpacket
         if operation is torch.ops.prim.device:  # `tensor.device`, half of all calls

@@ -1,5 +1,6 @@
 """What a simulated run tells the user, as text."""
 
+from lcm.simulation.processes import BUCKETS, GATHERED
 from lcm.simulation.training import Record
 
 NOT_INCLUDED = (
@@ -7,9 +8,11 @@ NOT_INCLUDED = (
     "fragmentation. Together they take 1 to 4 GB; that is a guess, not measured."
 )
 ACTIVATIONS = {"student", "backward"}  # phases whose tensors are kept for the backward pass, or made by it
-NAMED = {"gradients", "states of the optimizer", "weights cast by autocast", "weights that are trained"} | {
-    f"weights of {network}" for network in ("the teacher", "the student", "the target", "the VAE", "text encoders")
-}
+NAMED = (
+    {"gradients", "states of the optimizer", "weights cast by autocast", "weights that are trained"}
+    | {BUCKETS, GATHERED}
+    | {f"weights of {network}" for network in ("the teacher", "the student", "the target", "the VAE", "text encoders")}
+)
 
 
 def owners(sizes: dict[str, int]) -> dict[str, int]:
@@ -39,8 +42,9 @@ def describe(record: Record) -> str:
     for phase, peak in step.phase_peaks.items():
         flops, moved = sum(step.flops.get(phase, {}).values()), step.bytes_moved.get(phase, 0)
         phases.append([phase, f"{peak / 1e9:.2f}", f"{flops / 1e12:.1f}", f"{moved / 1e9:.0f}"])
+    share = f" of {record.num_processes}, each of which takes as much" if record.num_processes > 1 else ""
     lines = [
-        f"{record.script}: one step on a simulated GPU, in {record.seconds:.0f} s",
+        f"{record.script}: one step on a simulated GPU{share}, in {record.seconds:.0f} s",
         f"Peak memory: {step.peak / 1e9:.2f} GB (10^9 bytes), in the phase {step.peak_phase!r}",
         *([f"Peak memory while pictures are drawn: {record.pictures / 1e9:.2f} GB"] if record.pictures else []),
         f"Peak memory while a checkpoint is saved or loaded: {record.checkpoints / 1e9:.2f} GB",

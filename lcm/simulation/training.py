@@ -33,7 +33,9 @@ from lcm.results.finish import Results
 from lcm.run import start
 from lcm.run.checkpoints import Checkpoints
 from lcm.run.progress import Progress
+from lcm.run.signals import StopSignals
 from lcm.session import Session
+from lcm.simulation import processes
 from lcm.simulation.device import SimulatedCuda
 from lcm.simulation.files import patch_files
 
@@ -62,6 +64,7 @@ class Record:
 
     script: str
     options: list[str]
+    num_processes: int = 1  # of which this is one
     steps: list[Step] = field(default_factory=list)
     loaded: int = 0  # bytes before the first step
     dtypes: dict[str, dict[str, str]] = field(default_factory=dict)  # {network: {argument: dtype}} of each call
@@ -71,9 +74,18 @@ class Record:
     seconds: float = 0.0
 
     @property
+    def peaks(self) -> dict[str, int]:
+        """{part of the run: its peak of memory in bytes}: the phases of the steps, pictures, checkpoints, results."""
+        found = {what: getattr(self, what) for what in ("pictures", "checkpoints", "export")}
+        for step in self.steps:
+            for phase, peak in {"start": step.start, **step.phase_peaks}.items():
+                found[phase] = max(found.get(phase, 0), peak)
+        return found
+
+    @property
     def peak(self) -> int:
         """The peak of memory in bytes: of the steps, of checkpoints and results, of pictures if they were drawn."""
-        return max(self.pictures, self.checkpoints, self.export, *(step.peak for step in self.steps))
+        return max(self.peaks.values())
 
 
 def build(loader: Any, option: str, source: str, **kwargs: Any) -> torch.nn.Module:
@@ -107,12 +119,23 @@ def empty_items(data: TrainingData) -> Iterator[Item]:
 
 
 class Simulation:
-    """Runs `train` of a script for NUM_STEPS steps on a simulated device; `record` says what happened."""
+    """Runs `train` of a script for NUM_STEPS steps on a simulated device; `record` says what happened.
 
-    def __init__(self, script: str, options: list[str], with_pictures: bool = False):
+    With `num_processes` it is one of several, as accelerate's `config_file` and the environment say.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        options: list[str],
+        with_pictures: bool = False,
+        num_processes: int = 1,
+        config_file: str | None = None,
+    ):
         self.module = importlib.import_module(script)
         self.options, self.with_pictures = options, with_pictures
-        self.device, self.record = SimulatedCuda(), Record(script, options)
+        self.num_processes, self.config_file = num_processes, config_file
+        self.device, self.record = SimulatedCuda(), Record(script, options, num_processes)
         self.ledger = self.device.ledger
 
     def run(self) -> Record:
@@ -132,6 +155,8 @@ class Simulation:
             self.patch_numbers()
             self.patch_phases()
             stack.enter_context(self.device)
+            if self.num_processes > 1:
+                processes.launch(self.device, self.num_processes, self.config_file)
             self.module.train(args)
         self.record.seconds = time.perf_counter() - began
         return self.record
@@ -194,7 +219,7 @@ class Simulation:
         self.device.patch(validation, "first_line", raise_again)
 
     def patch_numbers(self) -> None:
-        """Numbers that nobody computes: those of `Progress.check` are finite, and no signal came."""
+        """Numbers that nobody computes: those of `Progress.check` are finite. No signal comes: Ctrl-C ends the run."""
         ledger = self.ledger
 
         def tolist(tensor: FakeTensor) -> list[float]:
@@ -207,7 +232,11 @@ class Simulation:
                 real_check(progress, *args)
             progress.stopping = False
 
+        def no_handlers(signals: StopSignals, *_: Any, **__: Any) -> None:
+            signals.received, signals.previous = None, {}
+
         self.device.patch(FakeTensor, "tolist", tolist)
+        self.device.patch(StopSignals, "__init__", no_handlers)
         real_check = self.device.patch(Progress, "check", check)
 
     def patch_phases(self) -> None:
@@ -228,6 +257,8 @@ class Simulation:
             ledger.assign((tensor for part in encoders for tensor in tensors_of(part)), "weights of text encoders")
             self.name_networks(networks)
             real_init(session, accelerator, args, plan, parts, networks, *more)
+            if networks.is_sharded:
+                ledger.assign(tensors_of(networks.target), "weights of the target")
 
         def prepare(networks: Networks, *args: Any) -> Any:
             optimizer = real_prepare(networks, *args)

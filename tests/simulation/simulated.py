@@ -19,30 +19,30 @@ class Failed(Exception):
     """A simulated run raised; the text is its traceback."""
 
 
-def simulate(script, runs, with_pictures, plant, folder):
+def simulate(script, runs, more, plant, folder):
     """Run one after another, with one output folder: write the records, or why there are none, to a file."""
     try:
         from lcm.simulation.training import Simulation
 
         if plant:
             plant()
-        simulations = [(Simulation(script, options, with_pictures), num_steps) for options, num_steps in runs]
+        simulations = [(Simulation(script, options, **more), num_steps) for options, num_steps in runs]
         found = [dataclasses.asdict(run.run_in(str(folder), num_steps)) for run, num_steps in simulations]
     except BaseException:
         found = traceback.format_exc()
     (folder / "records.json").write_text(json.dumps(found))
 
 
-def simulated(script, folder, *more, num_steps=2, resumed_to=None, with_pictures=False, plant=None):
+def simulated(script, folder, *more, num_steps=2, resumed_to=None, plant=None, **simulation):
     """The Record of a simulated run as a dict, or two of them with that of the run that resumes it. Raises Failed.
 
-    `plant` is called before, in the process of the run.
+    `plant` is called before, in the process of the run. `simulation` are further arguments of Simulation.
     """
     options = script.options(folder, *more)
     runs = [(options, num_steps)]
     if resumed_to:
         runs.append(([*options, "--resume_from_checkpoint=latest"], resumed_to))
-    process = SERVER.Process(target=simulate, args=(script.path.stem, runs, with_pictures, plant, folder))
+    process = SERVER.Process(target=simulate, args=(script.path.stem, runs, simulation, plant, folder))
     process.start()
     process.join()
     found = json.loads((folder / "records.json").read_text())

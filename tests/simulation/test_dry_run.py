@@ -7,10 +7,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-import dry_run
+from lcm.simulation.many import Command, peaks_of
 
 
-def command(*options):
+def call_dry_run(*options):
     call = [sys.executable, "dry_run.py", *map(str, options)]
     return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
 
@@ -26,7 +26,7 @@ def options(teacher):
 def test_what_it_prints_and_writes(teacher, tmp_path):
     """No shards, no weights, no output folder, nothing on the Hub; the pictures are drawn, too."""
     path = tmp_path / "figures.json"
-    done = command("--gpu_memory=1", "--pictures", f"--json={path}", *options(teacher), "--push_to_hub")
+    done = call_dry_run("--gpu_memory=1", "--pictures", f"--json={path}", *options(teacher), "--push_to_hub")
     assert done.returncode == 0, done.stderr
     for what in ("", " while pictures are drawn", " while a checkpoint is saved", " while results are written"):
         assert f"Peak memory{what}" in done.stdout
@@ -37,28 +37,32 @@ def test_what_it_prints_and_writes(teacher, tmp_path):
     steps = [step["peak"] for step in figures["steps"]]
     assert figures["peak"] == max(*steps, *(figures[what] for what in ("pictures", "checkpoints", "export")))
     assert max(steps) > figures["loaded"] > 0
-    assert 0 < dry_run.peak_of([*options(teacher), "--train_batch_size=1"]) < figures["peak"]
+    script, *its_options = options(teacher)
+    command = Command(script.removesuffix(".py"), (*its_options, "--train_batch_size=1"), with_pictures=True)
+    assert 0 < max(peaks_of(command).values()) < figures["peak"]
+    same = peaks_of(command.with_more(["--train_batch_size=4"]))
+    assert max(same.values()) == figures["peak"] and same["pictures"] == figures["pictures"]
 
 
 def test_what_the_script_refuses_is_one_line(tmp_path):
-    done = command(*options(tmp_path))
+    done = call_dry_run(*options(tmp_path))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("--pretrained_teacher_model: cannot load ")
 
 
 @pytest.mark.parametrize(("wrong", "option"), [("--gpu_memory=0", "--gpu_memory"), ("train.py", "SCRIPT")])
 def test_wrong_options_are_one_line(teacher, wrong, option):
-    done = command(wrong, *options(teacher))
+    done = call_dry_run(wrong, *options(teacher))
     assert done.returncode == 2 and done.stderr.startswith(f"{option}: ") and len(done.stderr.splitlines()) == 1
 
 
-def test_what_is_tried_if_it_does_not_fit(teacher):
-    """Options that the command lacks, each alone and together, then smaller batches of the same sum."""
-    given = [*options(teacher), "--gradient_checkpointing", "--gradient_accumulation_steps=3"]
-    tried = list(dry_run.alternatives(dry_run.parse_args(["--gpu_memory=1", *given])))
-    savers = ["--use_8bit_adam", "--cast_teacher_unet", "--vae_encode_batch_size=1"]
-    assert tried[:3] == [[option] for option in savers] and tried[3] == savers
-    assert [more[3:] for more in tried[4:]] == [
-        ["--train_batch_size=2", "--gradient_accumulation_steps=6"],
-        ["--train_batch_size=1", "--gradient_accumulation_steps=12"],
-    ]
+def test_what_is_advised_if_it_does_not_fit(teacher):
+    """What is left to try is tried."""
+    given = ["--gradient_checkpointing", "--offload", "--offload_ema", "--cast_teacher_unet", "--train_batch_size=1"]
+    done = call_dry_run("--gpu_memory=0.000001", *options(teacher), *given)
+    assert done.returncode == 0, done.stderr
+    *_, header, row, _, last = done.stdout.splitlines()
+    assert header.split() == ["in", "addition", "peak", "GB"] and row.split() == ["--use_8bit_adam", "0.0"]
+    assert last == "Even a batch of 1 does not fit."
+    assert done.stderr.splitlines()[0].startswith("Simulating two steps of train_lcm_distill_sd_wds.py")
+    assert done.stderr.splitlines()[-1] == "--use_8bit_adam: 0.0 GB"

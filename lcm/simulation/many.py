@@ -1,0 +1,71 @@
+"""Several simulated runs at a time, each in a process of its own."""
+
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+
+from lcm.errors import UserError, first_line
+
+# Forked from a server that has imported all there is, and never ran a backward pass: autograd notes which devices
+# there are when it starts.
+SERVER = multiprocessing.get_context("forkserver")
+Peaks = dict[str, int]  # {part of a run: its peak of memory in bytes}
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A script and its options."""
+
+    script: str  # the module's name
+    options: tuple[str, ...]
+    with_pictures: bool = False
+    num_processes: int = 1
+    config_file: str | None = None
+
+    def with_more(self, more: Iterable[str]) -> "Command":
+        """The same with more options, which replace earlier ones of the same names."""
+        return dataclasses.replace(self, options=(*self.options, *more))
+
+
+def num_cores() -> int:
+    """How many runs to simulate at a time."""
+    return len(os.sched_getaffinity(0))
+
+
+def simulate(command: Command, sending: Connection) -> None:
+    """Send the peaks of a command's parts, or in one line why there are none. Nothing is printed."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    try:
+        from lcm.simulation.training import Simulation
+
+        arguments = dataclasses.asdict(command) | {"options": list(command.options)}
+        sending.send(Simulation(**arguments).run().peaks)
+    except BaseException as error:
+        sending.send(first_line(error))
+
+
+def peaks_of(command: Command) -> Peaks:
+    """Simulate a command in another process. Raises UserError if that fails."""
+    receiving, sending = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=simulate, args=(command, sending), daemon=True)
+    process.start()
+    sending.close()
+    try:
+        answer = receiving.recv()
+    except EOFError:
+        answer = "its process was killed"
+    process.join()
+    if isinstance(answer, str):
+        raise UserError(f"dry run: {command.script} {' '.join(command.options)} fails: {answer}")
+    return answer
+
+
+def make_pool() -> ThreadPoolExecutor:
+    """Threads that wait for as many simulated runs as there are cores."""
+    SERVER.set_forkserver_preload(["lcm.simulation.training"])
+    return ThreadPoolExecutor(num_cores())
