@@ -92,7 +92,7 @@ def advice(args: argparse.Namespace, record: "Record") -> str:
     print(f"\n{peak / 1e9:.1f} GB does not fit in {size}. With other options:", flush=True)
     parsed = importlib.import_module(record.script).parse_args([*record.options, "--max_train_steps=1"])
     command = Command(record.script, tuple(record.options), args.pictures, args.processes, args.config_file)
-    return Advice(command, parsed, record.peaks, args.gpu_memory * 1e9).describe()
+    return Advice(command, parsed, record.peaks, args.gpu_memory * 1e9, record.is_sharded).describe()
 
 
 def main(argv: list[str] | None = None) -> None:

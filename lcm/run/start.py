@@ -1,5 +1,6 @@
 """The start and the end of a run: Accelerator, logs, seeds, process group."""
 
+import dataclasses
 import gc
 import logging
 import os
@@ -39,6 +40,7 @@ def start(args: Options, can_shard: bool = False) -> tuple[Accelerator, Plan]:
     """
     accelerator = make_accelerator(args)
     check_accelerator(accelerator, can_shard)
+    keep_inputs(accelerator)
     set_up_logs(accelerator.is_main_process)
     seed = args.seed
     if seed is None:
@@ -105,6 +107,13 @@ def check_accelerator(accelerator: Accelerator, can_shard: bool) -> None:
         raise UserError(f"--mixed_precision: `accelerate config` says {precision}; allowed: {allowed}")
     if passes < 1:
         raise UserError(f"--gradient_accumulation_steps: `accelerate config` says {passes}; allowed: at least 1")
+
+
+def keep_inputs(accelerator: Accelerator) -> None:
+    """Let FSDP give networks their inputs as they are. It would round timesteps and sizes to the mixed precision."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
 
 
 def set_up_logs(is_main: bool) -> None:

@@ -15,14 +15,17 @@ from lcm.simulation.report import table
 More = tuple[str, ...]  # options in addition to those of the command
 
 
-def savers(args: Options) -> list[More]:
-    """Options that save memory and that the command lacks: first those that do not change the results."""
+def savers(args: Options, is_sharded: bool = False) -> list[More]:
+    """Options that save memory and that the command lacks: first those that do not change the results.
+
+    `is_sharded` says whether FSDP splits the networks, and with them the moving average.
+    """
     is_whole = "lora" not in args.script
     default = max(1, PIXELS_AT_ONCE // args.resolution**2)
     helps = {
         "--gradient_checkpointing": not args.gradient_checkpointing,
         "--offload": not args.offload,
-        "--offload_ema": is_whole and not args.offload_ema,
+        "--offload_ema": is_whole and not is_sharded and not args.offload_ema,
         "--cast_teacher_unet": is_whole and not args.cast_teacher_unet and args.mixed_precision is not None,
         "--vae_encode_batch_size=1": (args.vae_encode_batch_size or 0) > default,
         "--use_8bit_adam": not args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is not None,
@@ -48,10 +51,10 @@ class Advice:
     `found` has the peaks of what was simulated.
     """
 
-    def __init__(self, command: Command, args: Options, peaks: Peaks, memory: float):
+    def __init__(self, command: Command, args: Options, peaks: Peaks, memory: float, is_sharded: bool = False):
         self.command, self.memory = command, memory
         self.size, self.passes = args.train_batch_size, args.gradient_accumulation_steps
-        self.alone = [self.with_options(more) for more in savers(args)]
+        self.alone = [self.with_options(more) for more in savers(args, is_sharded)]
         self.all = tuple(chain.from_iterable(one.more for one in self.alone))
         self.given = self.with_options(())
         self.found: dict[Suggestion, Peaks] = {self.given: peaks}

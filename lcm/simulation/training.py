@@ -65,6 +65,7 @@ class Record:
     script: str
     options: list[str]
     num_processes: int = 1  # of which this is one
+    is_sharded: bool = False  # by FSDP
     steps: list[Step] = field(default_factory=list)
     loaded: int = 0  # bytes before the first step
     dtypes: dict[str, dict[str, str]] = field(default_factory=dict)  # {network: {argument: dtype}} of each call
@@ -262,6 +263,7 @@ class Simulation:
 
         def prepare(networks: Networks, *args: Any) -> Any:
             optimizer = real_prepare(networks, *args)
+            self.record.is_sharded = networks.is_sharded
             ledger.assign(tensors_of(networks.unet), "weights of the student")
             for parameter in networks.trainable_parameters():
                 ledger.assign([parameter], "weights that are trained")

@@ -144,6 +144,7 @@ def test_which_options_are_tried():
     assert tried(whole, *ALL.split()) == ""
     assert tried(lora, "--vae_encode_batch_size=4") == tried(lora)
     assert "--vae_encode_batch_size=1" in tried(lora, "--vae_encode_batch_size=5")
+    assert ("--offload_ema",) not in savers(whole.parse_args(GIVEN), is_sharded=True)  # which FSDP refuses
 
 
 def die(command, sending):

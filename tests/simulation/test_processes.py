@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import SCRIPTS, Script
-from simulated import Failed, simulated, the_one_wait
+from simulated import Failed, expected_dtypes, found_dtypes, simulated, the_one_wait
 
 from lcm.run import start
 from lcm.simulation import ledger
@@ -34,11 +34,17 @@ def alone(sd, tmp_path_factory):
     return simulated(sd, tmp_path_factory.mktemp("alone"), *OPTIONS, plant=count_exactly)
 
 
-@pytest.fixture
-def fsdp(tmp_path):
-    path = tmp_path / "fsdp.yaml"
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "fsdp.yaml"
     path.write_text(FSDP)
     return {"config_file": str(path), "num_processes": 4}
+
+
+@pytest.fixture(scope="module")
+def sharded(sd, fsdp, tmp_path_factory):
+    """The record of one process of four, with FSDP."""
+    return simulated(sd, tmp_path_factory.mktemp("sharded"), *OPTIONS, plant=count_exactly, **fsdp)
 
 
 def count_exactly():
@@ -76,15 +82,21 @@ def test_gradients_are_in_the_buckets(sd, tmp_path):
     assert saved == of(once, BUCKETS) > 0
 
 
-def test_fsdp_splits_weights_and_states(sd, alone, fsdp, tmp_path):
+def test_fsdp_splits_weights_and_states(alone, sharded):
     """Of four processes each has a quarter of the student, of its average and of the states, rounded up."""
-    record = simulated(sd, tmp_path, *OPTIONS, plant=count_exactly, **fsdp)
+    record = sharded
+    assert record["is_sharded"] and not alone["is_sharded"]
     for owner in ("weights that are trained", "weights of the target", "states of the optimizer"):
         assert of(alone, owner) / 4 <= of(record, owner) < of(alone, owner) / 3.5
     assert of(record, "gathered by FSDP") < of(alone, "weights that are trained") / 2
     assert of(record, "weights of the teacher") == of(alone, "weights of the teacher")
     assert record["loaded"] < alone["loaded"]
     assert record["steps"][-1]["flops"]["student"] == alone["steps"][-1]["flops"]["student"]
+
+
+def test_fsdp_gives_the_networks_their_inputs_as_they_are(sd, sharded):
+    """FSDP would cast them to fp16, and round SDXL's sizes in bf16."""
+    assert found_dtypes(sharded)[0] == expected_dtypes(sd, "float16")
 
 
 def test_fsdp_is_refused_for_a_lora(teacher, shards, fsdp, tmp_path):
