@@ -39,11 +39,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "memory and says which to add.",
     )
     add(
-        "--pictures",
-        action="store_true",
-        help="Also draw the validation pictures, whose memory may be the largest. Takes longer.",
-    )
-    add(
         "--processes",
         type=integer(1),
         default=1,
@@ -69,7 +64,7 @@ def dry_run(args: argparse.Namespace) -> None:
 
     script = args.script.removesuffix(".py")
     print(f"Simulating two steps of {args.script}; this takes up to a minute", file=sys.stderr, flush=True)
-    record = Simulation(script, args.options, args.pictures, args.processes, args.config_file).run()
+    record = Simulation(script, args.options, True, args.processes, args.config_file).run()
     print(describe(record))
     if args.json:
         try:
@@ -91,7 +86,7 @@ def advice(args: argparse.Namespace, record: "Record") -> str:
         return f"{peak / 1e9:.1f} GB fits in {size}, before what is not included."
     print(f"\n{peak / 1e9:.1f} GB does not fit in {size}. With other options:", flush=True)
     parsed = importlib.import_module(record.script).parse_args([*record.options, "--max_train_steps=1"])
-    command = Command(record.script, tuple(record.options), args.pictures, args.processes, args.config_file)
+    command = Command(record.script, tuple(record.options), True, args.processes, args.config_file)
     return Advice(command, parsed, record.peaks, args.gpu_memory * 1e9, record.is_sharded).describe()
 
 

@@ -101,10 +101,10 @@ class Validation:
         self.teacher_columns: dict[Column, list[Image.Image]] = {}
 
     @torch.no_grad()
-    def sample(self, pipeline: DiffusionPipeline, row: Row, column: Column) -> Image.Image:
-        """One picture. The VAE decodes outside of autocast, in its own precision: SDXL's VAE overflows in fp16."""
+    def sample(self, pipeline: DiffusionPipeline, row: Row, column: Column) -> torch.Tensor:
+        """The latents of one picture."""
         with self.accelerator.autocast():
-            latents = pipeline(
+            return pipeline(
                 row.prompt,
                 negative_prompt=self.args.validation_negative_prompt,
                 width=row.size[0],
@@ -114,6 +114,10 @@ class Validation:
                 generator=torch.Generator(self.accelerator.device).manual_seed(row.seed),
                 output_type="latent",
             ).images
+
+    @torch.no_grad()
+    def decode(self, pipeline: DiffusionPipeline, latents: torch.Tensor) -> Image.Image:
+        """One picture. Not within autocast, but in the VAE's own precision: SDXL's VAE overflows in fp16."""
         vae = pipeline.vae
         pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
         return pipeline.image_processor.postprocess(pixels.float())[0]
@@ -123,7 +127,11 @@ class Validation:
         with view() as unet, self.family.on_device():
             pipeline = self.family.pipeline(unet, scheduler)
             pipeline.set_progress_bar_config(disable=True)
-            return {column: [self.sample(pipeline, row, column) for row in self.rows] for column in columns}
+            latents = {column: [self.sample(pipeline, row, column) for row in self.rows] for column in columns}
+        with (
+            self.family.vae_on_device
+        ):  # decoding takes the most memory, so other networks that are offloaded are gone
+            return {column: [self.decode(pipeline, z) for z in zs] for column, zs in latents.items()}
 
     def draw_teacher(self, step: int) -> None:
         """Draw the teacher's columns once, before training, since they do not change."""

@@ -26,6 +26,7 @@ from lcm.errors import UserError, first_line
 from lcm.models import family, loading
 from lcm.models.lora import AdapterView
 from lcm.models.networks import Networks
+from lcm.options.types import Options
 from lcm.pictures import validation
 from lcm.pictures.validation import Validation
 from lcm.results import finish
@@ -119,6 +120,12 @@ def empty_items(data: TrainingData) -> Iterator[Item]:
         yield Item(0, Position(), 0, [], batch, Tally(used=config.batch_size))
 
 
+def few_pictures(args: Options) -> list[str]:
+    """Options that draw one picture of each kind and size, in one step. More would not take more memory."""
+    fewer = ["--validation_prompts=a prompt", "--num_validation_images=1", "--validation_num_inference_steps=1"]
+    return fewer + ["--validation_teacher_steps=1"] * bool(args.validation_teacher_steps)
+
+
 class Simulation:
     """Runs `train` of a script for NUM_STEPS steps on a simulated device; `record` says what happened.
 
@@ -150,6 +157,8 @@ class Simulation:
         with contextlib.ExitStack() as stack:
             own = [f"--output_dir={folder}", f"--max_train_steps={num_steps}", f"--checkpointing_steps={NUM_STEPS}"]
             args = self.module.parse_args([*self.options, *own, "--report_to=none"])
+            if self.with_pictures:
+                args = self.module.parse_args([*self.options, *own, "--report_to=none", *few_pictures(args)])
             stack.callback(self.device.close)
             self.patch_inputs()
             self.patch_results()

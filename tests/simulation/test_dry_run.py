@@ -26,7 +26,7 @@ def options(teacher):
 def test_what_it_prints_and_writes(teacher, tmp_path):
     """No shards, no weights, no output folder, nothing on the Hub; the pictures are drawn, too."""
     path = tmp_path / "figures.json"
-    done = call_dry_run("--gpu_memory=1", "--pictures", f"--json={path}", *options(teacher), "--push_to_hub")
+    done = call_dry_run("--gpu_memory=1", f"--json={path}", *options(teacher), "--push_to_hub")
     assert done.returncode == 0, done.stderr
     for what in ("", " while pictures are drawn", " while a checkpoint is saved", " while results are written"):
         assert f"Peak memory{what}" in done.stdout
