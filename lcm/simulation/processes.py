@@ -78,7 +78,8 @@ def set_environment(device: SimulatedCuda, variables: dict[str, str]) -> None:
 
 
 class Reducer:
-    """The reducer of DistributedDataParallel, which does not sort its buckets anew: for that it reads numbers."""
+    """The reducer of DistributedDataParallel. It does not sort its buckets anew, for which it reads numbers, and it does
+    not count passes, so that it takes no times: for that it records events of CUDA."""
 
     def __init__(self, reducer: Any):
         self.reducer = reducer
@@ -88,6 +89,9 @@ class Reducer:
 
     def _rebuild_buckets(self) -> bool:
         return False
+
+    def prepare_for_forward(self) -> None:
+        pass
 
 
 class Logger:
