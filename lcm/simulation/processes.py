@@ -78,8 +78,11 @@ def set_environment(device: SimulatedCuda, variables: dict[str, str]) -> None:
 
 
 class Reducer:
-    """The reducer of DistributedDataParallel. It does not sort its buckets anew, for which it reads numbers, and it does
-    not count passes, so that it takes no times: for that it records events of CUDA."""
+    """The reducer of DistributedDataParallel, without two of its habits.
+
+    It does not sort its buckets anew, for which it reads numbers, and it does not count passes, so that it takes no
+    times, for which it records events of CUDA.
+    """
 
     def __init__(self, reducer: Any):
         self.reducer = reducer
