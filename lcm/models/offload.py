@@ -20,31 +20,31 @@ class OnDevice(contextlib.AbstractContextManager["OnDevice"]):
 
     def __init__(self, name: str, networks: Iterable[torch.nn.Module], is_offloaded: bool, device: torch.device):
         self.device, self.depth = device, 0
-        self.weights: list[tuple[dict[str, Any], str, torch.Tensor]] = []  # of a module: its table, a name, the weight
+        self.weights: list[tuple[dict[str, Any], str, torch.Tensor]] = []  # of a module: its table, a key, the weight
         if is_offloaded:
             for module in (module for network in networks for module in network.cpu().modules()):
                 tables: list[dict[str, Any]] = [module._parameters, module._buffers]
                 for table in tables:
-                    for name, tensor in table.items():
+                    for key, tensor in table.items():
                         if tensor is not None:
                             host = tensor.detach().pin_memory() if device.type == "cuda" else tensor.detach()
-                            table[name] = like(tensor, host)
-                            self.weights.append((table, name, table[name]))
+                            table[key] = like(tensor, host)
+                            self.weights.append((table, key, table[key]))
             size = sum(weight.numel() * weight.element_size() for *_, weight in self.weights)
             logger.info("In host memory while not used: %s, %.3g GB", name, size / 1e9)
 
     def __enter__(self) -> "OnDevice":
         self.depth += 1
         if self.depth == 1:
-            for table, name, tensor in self.weights:
-                table[name] = like(tensor, tensor.detach().to(self.device, non_blocking=True))
+            for table, key, tensor in self.weights:
+                table[key] = like(tensor, tensor.detach().to(self.device, non_blocking=True))
         return self
 
     def __exit__(self, *_: object) -> None:
         self.depth -= 1
         if self.depth == 0:
-            for table, name, tensor in self.weights:
-                table[name] = tensor
+            for table, key, tensor in self.weights:
+                table[key] = tensor
 
     def wait_for_copies(self) -> None:
         """Wait until the host can read what was last written to its weights."""
