@@ -21,6 +21,7 @@ from lcm.errors import UserError, run
 from lcm.options.types import integer, make_parser, number
 
 if TYPE_CHECKING:
+    from lcm.simulation.many import Command
     from lcm.simulation.training import Record
 
 SCRIPTS = [f"train_lcm_distill_{kind}_wds.py" for kind in ("sd", "sdxl", "lora_sd", "lora_sdxl")]
@@ -59,12 +60,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def dry_run(args: argparse.Namespace) -> None:
     """Simulate the command, print what it needs, and if it does not fit, which options help."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from lcm.simulation.many import Command
     from lcm.simulation.report import describe
-    from lcm.simulation.training import Simulation
 
-    script = args.script.removesuffix(".py")
+    command = Command(
+        args.script.removesuffix(".py"),
+        tuple(args.options),
+        with_pictures=True,
+        num_processes=args.processes,
+        config_file=args.config_file,
+    )
     print(f"Simulating two steps of {args.script}; this takes up to a minute", file=sys.stderr, flush=True)
-    record = Simulation(script, args.options, True, args.processes, args.config_file).run()
+    record = command.run()
     print(describe(record))
     if args.json:
         try:
@@ -73,21 +80,19 @@ def dry_run(args: argparse.Namespace) -> None:
         except OSError as error:
             raise UserError(f"--json: {error}") from None
     if args.gpu_memory:
-        print(f"\n{advice(args, record)}")
+        print(f"\n{advice(command, record, args.gpu_memory)}")
 
 
-def advice(args: argparse.Namespace, record: "Record") -> str:
-    """Whether the run fits on the card; if not, which options help."""
+def advice(command: "Command", record: "Record", gpu_memory: float) -> str:
+    """Whether the run fits on a card of `gpu_memory` GB; if not, which options help."""
     from lcm.simulation.advice import Advice
-    from lcm.simulation.many import Command
 
-    size, peak = f"{args.gpu_memory:g} GB", record.peak
-    if peak <= args.gpu_memory * 1e9:
+    size, peak = f"{gpu_memory:g} GB", record.peak
+    if peak <= gpu_memory * 1e9:
         return f"{peak / 1e9:.1f} GB fits in {size}, before what is not included."
     print(f"\n{peak / 1e9:.1f} GB does not fit in {size}. With other options:", flush=True)
     parsed = importlib.import_module(record.script).parse_args([*record.options, "--max_train_steps=1"])
-    command = Command(record.script, tuple(record.options), True, args.processes, args.config_file)
-    return Advice(command, parsed, record.peaks, args.gpu_memory * 1e9, record.is_sharded).describe()
+    return Advice(command, parsed, record.peaks, gpu_memory * 1e9, record.is_sharded).describe()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,16 +6,16 @@ Prints the peak of each in GB of 10^9 bytes (fp16, gradient checkpointing), and 
 quarter of an hour on two cores. Reads no model: the configurations come from benchmarks/configs.py.
 """
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import configs
+from lcm.simulation.many import Command, make_pool, peaks_of
+
 KINDS = ("lora_sd", "lora_sdxl", "sd", "sdxl")
 BATCHES = (12, 4, 1)
 CARDS = (24, 16, 12, 8)
@@ -29,21 +29,25 @@ def savers(kind: str) -> list[list[str]]:
     return [[], ["--use_8bit_adam"], offload, ["--use_8bit_adam", *offload]]
 
 
-def peak(folder: Path, kind: str, batch: int, more: list[str]) -> float:
-    """The peak of one command in GB."""
-    teacher = [f"--pretrained_teacher_model={folder}/{'sdxl' if 'sdxl' in kind else 'sd15'}"]
+def command(folder: Path, kind: str, batch: int, more: list[str]) -> Command:
+    """A command of the README on the configurations in `folder`, with more options, without pictures."""
+    given = [
+        f"--pretrained_teacher_model={folder}/{'sdxl' if 'sdxl' in kind else 'sd15'}",
+        "--train_shards_path_or_url=00000.tar",
+        "--mixed_precision=fp16",
+        "--gradient_checkpointing",
+        f"--train_batch_size={batch}",
+    ]
     if "sdxl" in kind:
-        teacher.append(f"--pretrained_vae_model_name_or_path={folder}/sdxl-vae-fp16-fix")
+        given.append(f"--pretrained_vae_model_name_or_path={folder}/sdxl-vae-fp16-fix")
     if "lora" not in kind:
-        teacher.append("--cast_teacher_unet")
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [
-            sys.executable, "dry_run.py", f"--json={file.name}", f"train_lcm_distill_{kind}_wds.py", *teacher, *more,
-            "--train_shards_path_or_url=00000.tar", "--mixed_precision=fp16", "--gradient_checkpointing",
-            f"--train_batch_size={batch}",
-        ]  # fmt: skip
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        return json.load(file)["peak"] / 1e9
+        given.append("--cast_teacher_unet")
+    return Command(f"train_lcm_distill_{kind}_wds", (*given, *more))
+
+
+def peak(one: Command) -> float:
+    """The peak of a command in GB."""
+    return max(peaks_of(one).values()) / 1e9
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -52,17 +56,15 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def main() -> None:
-    from benchmarks import configs
-
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with tempfile.TemporaryDirectory() as name, make_pool() as pool:
         configs.main(Path(name))
-        jobs = {
-            (kind, batch, column): pool.submit(peak, Path(name), kind, batch, more)
+        commands = {
+            (kind, batch, column): replace(command(Path(name), kind, batch, more), with_pictures=True)
             for kind in KINDS
             for batch in BATCHES
             for column, more in zip(HEADS, savers(kind), strict=True)
         }
-        peaks = {key: job.result() for key, job in jobs.items()}
+        peaks = dict(zip(commands, pool.map(peak, commands.values()), strict=True))
     rows = [[f"`{k}`, batch {b}", *(f"{peaks[k, b, c]:.1f}" for c in HEADS)] for k in KINDS for b in BATCHES]
     print(table(["script", *HEADS], rows), end="\n\n")
     rows = []

@@ -4,8 +4,6 @@ A family turns a batch of samples into the U-Net's inputs, and builds a pipeline
 training.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -23,11 +21,17 @@ from lcm.options.types import Options
 PIXELS_AT_ONCE = 2**20  # that the VAE encodes, unless --vae_encode_batch_size says otherwise
 
 
+def pictures_at_once(resolution: int) -> int:
+    """How many pictures of this width and height have PIXELS_AT_ONCE, at least 1."""
+    return max(1, PIXELS_AT_ONCE // resolution**2)
+
+
 class Family:
     """The teacher of the options without its U-Net. Raises UserError for a model of another family.
 
     `noise_schedule` is a DDPMScheduler, for its `alphas_cumprod` (T,) and its prediction type. `dtype` is the
-    precision of frozen weights.
+    precision of frozen weights. A pipeline is called within `vae_on_device` and `encoders_on_device`, which hold its
+    networks on the device although `--offload` keeps them elsewhere.
     """
 
     pipeline_class: type[diffusers.DiffusionPipeline]
@@ -53,7 +57,7 @@ class Family:
 
     def latents(self, batch: dict[str, Any], generator: torch.Generator) -> torch.Tensor:
         """z_0 (B, C, h, w) float32: a scaled sample of the VAE's posterior for the batch's `pixels`."""
-        size = self.args.vae_encode_batch_size or max(1, PIXELS_AT_ONCE // self.args.resolution**2)
+        size = self.args.vae_encode_batch_size or pictures_at_once(self.args.resolution)
         with self.vae_on_device:
             return encode_pixels(self.vae, batch["pixels"], size, generator)
 
@@ -61,12 +65,6 @@ class Family:
         """(cond, uncond): the keyword arguments of the U-Net for the batch's captions, and for empty ones."""
         with self.encoders_on_device:
             return self.encode_prompts(batch)
-
-    @contextlib.contextmanager
-    def on_device(self) -> Iterator[None]:
-        """Hold VAE and text encoders on the device, for a pipeline, although `--offload` keeps them elsewhere."""
-        with self.vae_on_device, self.encoders_on_device:
-            yield
 
     def pipeline(
         self, unet: diffusers.UNet2DConditionModel, scheduler: diffusers.SchedulerMixin

@@ -71,12 +71,13 @@ def add_adapters(unet: UNet2DConditionModel, args: Options, seed: int) -> None:
                 name,
             )
             cast_training_params(unet)
-    for layer in adapter_layers(unet):
+    layers = adapter_layers(unet)
+    for layer in layers:
         # peft would cast a 16-bit input to the adapter's float32, and autocast would cast it back. Without that,
         # results are the same to the last bit, but for dropout, which is then rounded to 16 bits.
         layer.cast_input_dtype_enabled = False
     size = f"rank {args.lora_rank}, alpha {args.lora_alpha}, dropout {args.lora_dropout:g}"
-    logger.info("LoRA: %s, in %d layers", size, len(adapter_layers(unet)))
+    logger.info("LoRA: %s, in %d layers", size, len(layers))
     if args.w_min < args.w_max:
         logger.info(
             "--w_min, --w_max: the guidance weight is not an input of a LoRA, which learns an average over [%g, %g]; "

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers import UNet2DConditionModel
 
-from lcm.errors import UserError
 from lcm.models.lora import EMA, TRAINED, AdapterView, adapter_parameters
 from lcm.models.lora_files import (
     DIFFUSERS_FILE,
@@ -145,8 +144,6 @@ class WholeUNet(Networks):
         """Let accelerate wrap the student, and shard the target in the same way; returns the wrapped optimizer."""
         optimizer = super().prepare(accelerator, optimizer)
         if self.is_sharded:
-            if self.args.offload_ema:
-                raise UserError("--offload_ema: FSDP splits the moving average already; allowed: one of the two")
             self.target = shard_like_student(accelerator, self.target)
         teacher_on_device = while_called("teacher", self.teacher, self.args.offload, accelerator.device)
         self.target_on_device = while_called("moving average", self.target, self.args.offload_ema, accelerator.device)

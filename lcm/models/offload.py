@@ -61,7 +61,11 @@ def like(original: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 def while_called(name: str, network: torch.nn.Module, is_offloaded: bool, device: torch.device) -> OnDevice:
     """An OnDevice for a network that is entered for each of its forward passes."""
     on_device = OnDevice(name, [network], is_offloaded, device)
+
+    def enter(*_: object) -> None:  # what it returned would replace the inputs
+        on_device.__enter__()
+
     if on_device.weights:
-        network.register_forward_pre_hook(lambda *_: on_device.__enter__() and None)
-        network.register_forward_hook(lambda *_: on_device.__exit__(), always_call=True)
+        network.register_forward_pre_hook(enter)
+        network.register_forward_hook(on_device.__exit__, always_call=True)
     return on_device

@@ -124,13 +124,12 @@ class Validation:
 
     def draw(self, view: View, columns: list[Column], scheduler: SchedulerMixin) -> dict[Column, list[Image.Image]]:
         """{column: its pictures from top to bottom} of one U-Net; may change `scheduler`."""
-        with view() as unet, self.family.on_device():
+        with view() as unet, self.family.vae_on_device, self.family.encoders_on_device:
             pipeline = self.family.pipeline(unet, scheduler)
             pipeline.set_progress_bar_config(disable=True)
             latents = {column: [self.sample(pipeline, row, column) for row in self.rows] for column in columns}
-        with (
-            self.family.vae_on_device
-        ):  # decoding takes the most memory, so other networks that are offloaded are gone
+        # Decoding takes the most memory. Other networks that are offloaded have left the device.
+        with self.family.vae_on_device:
             return {column: [self.decode(pipeline, z) for z in zs] for column, zs in latents.items()}
 
     def draw_teacher(self, step: int) -> None:

@@ -39,7 +39,7 @@ def start(args: Options, can_shard: bool = False) -> tuple[Accelerator, Plan]:
     resume is of a run with other options.
     """
     accelerator = make_accelerator(args)
-    check_accelerator(accelerator, can_shard)
+    check_accelerator(accelerator, args, can_shard)
     keep_inputs(accelerator)
     set_up_logs(accelerator.is_main_process)
     seed = args.seed
@@ -91,8 +91,8 @@ def make_accelerator(args: Options) -> Accelerator:
         ) from None
 
 
-def check_accelerator(accelerator: Accelerator, can_shard: bool) -> None:
-    """Raise UserError if `accelerate config` asks for something that the scripts cannot do."""
+def check_accelerator(accelerator: Accelerator, args: Options, can_shard: bool) -> None:
+    """Raise UserError if `accelerate config` asks for something that the scripts, or these options, cannot do."""
     kind = accelerator.distributed_type.value
     is_fsdp2 = kind == "FSDP" and accelerator.is_fsdp2
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA") and not (is_fsdp2 and can_shard):
@@ -101,6 +101,8 @@ def check_accelerator(accelerator: Accelerator, can_shard: bool) -> None:
             f"accelerate config: {kind}{' version 1' * (kind == 'FSDP' and not is_fsdp2)} is not supported; allowed: "
             f"one process, or several with DistributedDataParallel; {more}"
         )
+    if is_fsdp2 and args.offload_ema:
+        raise UserError("--offload_ema: FSDP splits the moving average already; allowed: one of the two")
     precision, passes = accelerator.mixed_precision, accelerator.gradient_accumulation_steps
     if precision not in PRECISIONS:
         allowed = ", ".join(PRECISIONS)

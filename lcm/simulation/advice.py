@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import Any
 
-from lcm.models.family import PIXELS_AT_ONCE
+from lcm.models.family import pictures_at_once
 from lcm.options.types import Options
 from lcm.simulation.many import Command, Peaks, make_pool, num_cores, peaks_of
 from lcm.simulation.report import table
@@ -21,13 +21,12 @@ def savers(args: Options, is_sharded: bool = False) -> list[More]:
     `is_sharded` says whether FSDP splits the networks, and with them the moving average.
     """
     is_whole = "lora" not in args.script
-    default = max(1, PIXELS_AT_ONCE // args.resolution**2)
     helps = {
         "--gradient_checkpointing": not args.gradient_checkpointing,
         "--offload": not args.offload,
         "--offload_ema": is_whole and not is_sharded and not args.offload_ema,
         "--cast_teacher_unet": is_whole and not args.cast_teacher_unet and args.mixed_precision is not None,
-        "--vae_encode_batch_size=1": (args.vae_encode_batch_size or 0) > default,
+        "--vae_encode_batch_size=1": (args.vae_encode_batch_size or 0) > pictures_at_once(args.resolution),
         "--use_8bit_adam": not args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is not None,
     }
     return [(option,) for option, is_useful in helps.items() if is_useful]
@@ -92,8 +91,9 @@ class Advice:
     def smallest_set(self) -> More:
         """The first of the smallest sets that fit; only those are simulated that should."""
         for number in range(2, len(self.alone)):
-            # Reversed twice, so that a set with a later option comes later.
-            every = [parts[::-1] for parts in combinations(self.alone[::-1], number)][::-1]
+            # In the order of their last option, so that a set with a later option comes later.
+            places = sorted(combinations(range(len(self.alone)), number), key=lambda parts: parts[::-1])
+            every = [[self.alone[place] for place in parts] for parts in places]
             likely = [parts for parts in every if self.predicted(parts) <= self.memory]
             sets = [self.with_options(tuple(chain.from_iterable(one.more for one in parts))) for parts in likely]
             for first in range(0, len(sets), num_cores()):

@@ -6,12 +6,17 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 from lcm.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from lcm.simulation.training import Record
 
 # Forked from a server that has imported all there is, and never ran a backward pass: autograd notes which devices
 # there are when it starts.
 SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["lcm.simulation.training"])
 Peaks = dict[str, int]  # {part of a run: its peak of memory in bytes}
 
 
@@ -29,6 +34,12 @@ class Command:
         """The same with more options, which replace earlier ones of the same names."""
         return dataclasses.replace(self, options=(*self.options, *more))
 
+    def run(self) -> "Record":
+        """Simulate it in this process. Raises UserError for what the script itself refuses."""
+        from lcm.simulation.training import Simulation
+
+        return Simulation(**dataclasses.asdict(self) | {"options": list(self.options)}).run()
+
 
 def num_cores() -> int:
     """How many runs to simulate at a time."""
@@ -41,10 +52,7 @@ def simulate(command: Command, sending: Connection) -> None:
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     try:
-        from lcm.simulation.training import Simulation
-
-        arguments = dataclasses.asdict(command) | {"options": list(command.options)}
-        sending.send(Simulation(**arguments).run().peaks)
+        sending.send(command.run().peaks)
     except BaseException as error:
         sending.send(first_line(error))
 
@@ -67,5 +75,4 @@ def peaks_of(command: Command) -> Peaks:
 
 def make_pool() -> ThreadPoolExecutor:
     """Threads that wait for as many simulated runs as there are cores."""
-    SERVER.set_forkserver_preload(["lcm.simulation.training"])
     return ThreadPoolExecutor(num_cores())

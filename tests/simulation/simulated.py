@@ -6,13 +6,11 @@ devices there are when it starts.
 
 import dataclasses
 import json
-import multiprocessing
 import traceback
 
 from conftest import ROOT
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["lcm.simulation.training"])
+from lcm.simulation.many import SERVER
 
 
 class Failed(Exception):

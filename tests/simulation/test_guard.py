@@ -1,7 +1,8 @@
 """A build of torch without CUDA does on the simulated GPU what one with CUDA does."""
 
 import pytest
-from simulated import SERVER
+
+from lcm.simulation.many import SERVER
 
 SIZE = 4 * 2**20  # bytes of a tensor
 

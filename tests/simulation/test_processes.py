@@ -105,6 +105,11 @@ def test_fsdp_is_refused_for_a_lora(teacher, shards, fsdp, tmp_path):
         simulated(lora, tmp_path, "--mixed_precision=fp16", **fsdp)
 
 
+def test_an_offloaded_moving_average_is_refused_with_fsdp(sd, fsdp, tmp_path):
+    with pytest.raises(Failed, match="UserError: --offload_ema: FSDP splits the moving average already"):
+        simulated(sd, tmp_path, *OPTIONS, "--offload_ema", **fsdp)
+
+
 def test_a_config_file_that_accelerate_refuses(sd, tmp_path):
     with pytest.raises(Failed, match=r"UserError: --config_file: accelerate refuses '/no/such\.yaml'"):
         simulated(sd, tmp_path, *OPTIONS, num_processes=2, config_file="/no/such.yaml")
