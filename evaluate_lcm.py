@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lcm.errors import UserError, first_line, run
-from lcm.options.choices import SAMPLERS, VALIDATION_PROMPTS
+from lcm.options.choices import SAMPLERS, STUDENT_SAMPLERS, VALIDATION_PROMPTS
 from lcm.options.files import read_prompts
 from lcm.options.groups import add_model_options
 from lcm.options.types import Options, Parser, integer, make_parser, number
@@ -66,7 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         help="Few steps, for the teacher and for all trained networks.")
     add("--teacher_num_inference_steps", type=integer(1, 1000), default=50, metavar="STEPS",
         help="Many steps, for the teacher only: its pictures are what the others should match.")
-    add("--teacher_scheduler", choices=[*(name for name in SAMPLERS if name != "lcm"), "own"],
+    add("--teacher_scheduler", choices=[*(name for name in SAMPLERS if name not in STUDENT_SAMPLERS), "own"],
         help="The teacher's sampler; `own` is that of its scheduler/, `ddim` has the same timestep spacing. If unset: "
              f"{SAMPLER_MANY_STEPS} for many steps, {SAMPLER_FEW_STEPS} for few.")
     add("--guidance_scale", type=number(1), default=7.5, metavar="SCALE",
@@ -192,7 +192,7 @@ def evaluate(args: Namespace) -> None:
             for steps in few:
                 scale = args.lora_guidance_scale if network.is_lora else args.guidance_scale
                 scheduler = samplers.make_scheduler("own", network.scheduler)
-                add_row(network.label, steps, "lcm", scheduler, scale)
+                add_row(network.label, steps, network.sampler, scheduler, scale)
             if network.is_lora:
                 pipeline.unload_lora_weights()
 

@@ -104,12 +104,15 @@ def consistency_function(
     return c_skip * z_t.float() + c_out * x_0
 
 
-def guidance_embedding(w: Tensor, dim: int) -> Tensor:
+def guidance_embedding(w: Tensor, dim: int | None) -> Tensor | None:
     """Sinusoidal embedding of 1000 w: sines, then cosines, over frequencies 10000^(-i / (dim // 2 - 1)).
 
     `w` is (B,), the guidance weight of the paper (CFG scale - 1). Returns (B, dim) float32; for an odd `dim` the
-    last column is 0. Raises ValueError for dim < 4. Matches `get_guidance_scale_embedding` of diffusers' pipelines.
+    last column is 0. Returns None for `dim` None, that of a network without such an input. Raises ValueError for
+    dim < 4. Matches `get_guidance_scale_embedding` of diffusers' pipelines.
     """
+    if dim is None:
+        return None
     if dim < 4:
         raise ValueError(f"dim is {dim}; a guidance embedding needs at least 4")
     half = dim // 2
@@ -135,16 +138,18 @@ def apply_guidance(cond_output: Tensor, uncond_output: Tensor, w: Tensor) -> Ten
 class DDIMSolver:
     """The teacher's diffusion, and DDIM as the ODE solver of Algorithm 1, on the grid t_i = (i + 1) k - 1, k = T // N.
 
-    `alphas_cumprod` is (T,); `prediction_type` says what a network's output stands for. The grid is that of
-    `LCMScheduler(original_inference_steps=N)`; if N does not divide T, it ends before T - 1 (`reaches_end` is False).
-    Raises ValueError unless 1 <= N <= T.
+    `alphas_cumprod` is (T,); `prediction_type` says what a network's output stands for; `substeps` is the number of
+    DDIM steps from one grid point to the one before. The grid is that of `LCMScheduler(original_inference_steps=N)`;
+    if N does not divide T, it ends before T - 1 (`reaches_end` is False). Raises ValueError unless 1 <= N <= T.
     """
 
-    def __init__(self, alphas_cumprod: Tensor, num_steps: int = 50, prediction_type: str = "epsilon"):
+    def __init__(
+        self, alphas_cumprod: Tensor, num_steps: int = 50, prediction_type: str = "epsilon", substeps: int = 1
+    ):
         num_train_timesteps = len(alphas_cumprod)
         if not 1 <= num_steps <= num_train_timesteps:
             raise ValueError(f"num_steps is {num_steps}; allowed: 1 to {num_train_timesteps}")
-        self.num_steps, self.prediction_type = num_steps, prediction_type
+        self.num_steps, self.prediction_type, self.substeps = num_steps, prediction_type, substeps
         self.k = num_train_timesteps // num_steps
         self.timesteps = torch.arange(1, num_steps + 1, device=alphas_cumprod.device) * self.k - 1
         self.reaches_end = num_steps * self.k == num_train_timesteps
@@ -154,6 +159,11 @@ class DDIMSolver:
         """(t_nk, t_n) for grid indices `n` (B,): a grid point and the timestep k before it, at least 0."""
         t_nk = self.timesteps[n]
         return t_nk, (t_nk - self.k).clamp(min=0)
+
+    def path(self, t_nk: Tensor, t_n: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The `substeps` pairs (from, to) of timesteps (B,) that lead from `t_nk` to `t_n`, of equal length."""
+        ends = [t_nk - (t_nk - t_n) * i // self.substeps for i in range(self.substeps + 1)]
+        return list(zip(ends, ends[1:], strict=False))
 
     def add_noise(self, z_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """z_t: `add_noise` on the teacher's schedule."""
@@ -178,12 +188,75 @@ class ConsistencyFunction:
     def __init__(self, solver: DDIMSolver, timestep_scaling: float = 10.0):
         self.solver, self.timestep_scaling = solver, timestep_scaling
 
-    def __call__(self, output: Tensor, t: Tensor, z_t: Tensor) -> Tensor:
-        """f for a network's `output` at (z_t, t): (B, C, h, w) float32."""
+    def end(self, t_n: Tensor, progress: float, generator: torch.Generator | None) -> Tensor:
+        """The timesteps s (B,) int64 <= `t_n` where f lands from `t_n` and from the grid point after it.
+
+        `progress` is the part of the run that is done, in [0, 1). What is random is drawn from `generator`.
+        """
+        return torch.zeros_like(t_n)
+
+    def __call__(self, output: Tensor, t: Tensor, z_t: Tensor, s: Tensor) -> Tensor:
+        """f for a network's `output` at (z_t, t), the point at s: (B, C, h, w) float32."""
         solver = self.solver
         return consistency_function(
             output, t, z_t, solver.alphas, solver.sigmas, solver.prediction_type, self.timestep_scaling
         )
+
+
+class TrajectoryFunction(ConsistencyFunction):
+    """f(z_t, t, s): a DDIM step to s, made of the network's own x_0 and eps, so that f(z, s, s) = z.
+
+    s is drawn evenly in [0, t_n]. Source: Zheng et al., "Trajectory Consistency Distillation", arXiv 2402.19159, with
+    the first-order parameterization, in which the network does not see s.
+    """
+
+    def end(self, t_n: Tensor, progress: float, generator: torch.Generator | None) -> Tensor:
+        return (torch.rand(t_n.shape, generator=generator, device=t_n.device) * (t_n + 1)).long()
+
+    def __call__(self, output: Tensor, t: Tensor, z_t: Tensor, s: Tensor) -> Tensor:
+        return self.solver.step(*self.solver.origin_and_noise(output, t, z_t), s)
+
+
+class PhasedFunction(TrajectoryFunction):
+    """As TrajectoryFunction, but s is the lower edge of the phase of t_n.
+
+    `num_phases` are used one after the other, each for an equal part of the run. The edges of M phases are the points
+    where M steps of `TCDScheduler(original_inference_steps=N)` start and end. Sources: Wang et al., "Phased
+    Consistency Models", arXiv 2405.18407; Ren et al., "Hyper-SD", arXiv 2404.13686, for fewer and fewer phases.
+    """
+
+    def __init__(self, solver: DDIMSolver, num_phases: list[int]):
+        super().__init__(solver)
+        self.edges = [phase_edges(solver, count) for count in num_phases]
+
+    def end(self, t_n: Tensor, progress: float, generator: torch.Generator | None) -> Tensor:
+        edges = self.edges[int(progress * len(self.edges))]
+        return edges[torch.searchsorted(edges, t_n, right=True) - 1]
+
+
+def phase_edges(solver: DDIMSolver, num_phases: int) -> Tensor:
+    """The lower edges (M,) int64 of M phases of a solver's grid, ascending: 0 and M - 1 grid points.
+
+    Raises ValueError unless 1 <= M <= N.
+    """
+    if not 1 <= num_phases <= solver.num_steps:
+        raise ValueError(f"num_phases is {num_phases}; allowed: 1 to {solver.num_steps}")
+    down = solver.timesteps.flip(0)
+    edges = [down[m * solver.num_steps // num_phases] for m in range(num_phases - 1, 0, -1)]
+    return torch.stack([torch.zeros_like(down[0]), *edges])
+
+
+def make_consistency_function(
+    target: str, solver: DDIMSolver, timestep_scaling: float, num_phases: list[int]
+) -> ConsistencyFunction:
+    """f by the name of its target. Raises ValueError for another name."""
+    if target == "lcm":
+        return ConsistencyFunction(solver, timestep_scaling)
+    if target == "phased":
+        return PhasedFunction(solver, num_phases)
+    if target == "trajectory":
+        return TrajectoryFunction(solver)
+    raise ValueError(f"target is {target!r}; allowed: lcm, phased, trajectory")
 
 
 def consistency_loss(prediction: Tensor, target: Tensor, loss_type: str = "l2", huber_c: float = 0.001) -> Tensor:

@@ -56,14 +56,13 @@ def train(args):
     import torch
 
     from lcm.models.family import StableDiffusion
-    from lcm.models.prompts import join_conditioning
+    from lcm.models.prompts import guided_output
     from lcm.run.start import start
     from lcm.session import Session
     from lcm_common import (
-        ConsistencyFunction,
         DDIMSolver,
-        apply_guidance,
         consistency_loss,
+        make_consistency_function,
         update_ema,
     )
 
@@ -72,8 +71,13 @@ def train(args):
     device = accelerator.device
     family = StableDiffusion(args, accelerator)
     schedule = family.noise_schedule
-    solver = DDIMSolver(schedule.alphas_cumprod.to(device), args.num_ddim_timesteps, schedule.config.prediction_type)
-    f = ConsistencyFunction(solver, args.timestep_scaling_factor)
+    solver = DDIMSolver(
+        schedule.alphas_cumprod.to(device),
+        args.num_ddim_timesteps,
+        schedule.config.prediction_type,
+        args.num_solver_steps,
+    )
+    f = make_consistency_function(args.target, solver, args.timestep_scaling_factor, args.num_phases)
     networks = load_networks(args, plan, family, device)
     session = Session(accelerator, args, plan, family, networks, solver)
     teacher, student, target = networks.teacher, networks.student, networks.target
@@ -83,35 +87,35 @@ def train(args):
     for batch, generator in session.batches():
         with accelerator.accumulate(student):
             with torch.no_grad():
-                # Sample (z, c), n ~ U[1, N - k], w ~ U[w_min, w_max].
+                # Sample (z, c), n ~ U[1, N - k], w ~ U[w_min, w_max]; f lands at s, which is 0 for LCM.
                 z_0 = family.latents(batch, generator)
                 cond, uncond = family.conditions(batch)
                 n = torch.randint(solver.num_steps, (len(z_0),), generator=generator, device=device)
                 t_nk, t_n = solver.interval(n)
+                s = f.end(t_n, session.progress_made, generator)
                 w = args.w_min + (args.w_max - args.w_min) * torch.rand(len(z_0), generator=generator, device=device)
 
                 # Sample z_{t_{n+k}} ~ N(alpha z, sigma^2 I).
                 noise = torch.randn(z_0.shape, generator=generator, device=device)
                 z_nk = solver.add_noise(z_0, noise, t_nk)
 
-                # z^_{t_n} = z_{t_{n+k}} + (1 + w) Psi(z, c) - w Psi(z, empty): one guided DDIM step of the teacher.
-                # Its conditional and unconditional passes are one batch of 2B.
-                both = join_conditioning(cond, uncond)
-                with accelerator.autocast():
-                    output = teacher(torch.cat([z_nk, z_nk]), torch.cat([t_nk, t_nk]), **both).sample
-                output = apply_guidance(*output.chunk(2), w)
-                x_0, eps = solver.origin_and_noise(output, t_nk, z_nk)
-                z_n = solver.step(x_0, eps, t_n)
+                # z^_{t_n} = z_{t_{n+k}} + (1 + w) Psi(z, c) - w Psi(z, empty): guided DDIM steps of the teacher.
+                z_n = z_nk
+                for t, t_next in solver.path(t_nk, t_n):
+                    with accelerator.autocast():
+                        output = guided_output(teacher, z_n, t, cond, uncond, w)
+                    x_0, eps = solver.origin_and_noise(output, t, z_n)
+                    z_n = solver.step(x_0, eps, t_next)
 
                 # f_{theta^-}(z^_{t_n}, c, t_n)
                 with accelerator.autocast():
                     output = target(z_n, t_n, **cond).sample
-                f_target = f(output, t_n, z_n)
+                f_target = f(output, t_n, z_n, s)
 
             # L = d(f_theta(z_{t_{n+k}}, c, t_{n+k}), f_{theta^-}(z^_{t_n}, c, t_n))
             with accelerator.autocast():
                 output = student(z_nk, t_nk, **cond).sample
-            f_student = f(output, t_nk, z_nk)
+            f_student = f(output, t_nk, z_nk, s)
             losses = consistency_loss(f_student, f_target, args.loss_type, args.huber_c)
 
             # theta <- theta - eta grad L; theta^- <- stopgrad(mu theta^- + (1 - mu) theta)

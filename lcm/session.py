@@ -14,7 +14,7 @@ from lcm.models.networks import Networks
 from lcm.models.speed import enable_memory_savers
 from lcm.options.plan import Plan
 from lcm.options.types import Options
-from lcm.pictures.samplers import lcm_scheduler
+from lcm.pictures.samplers import student_scheduler
 from lcm.pictures.validation import Validation
 from lcm.results.finish import Results
 from lcm.run.checkpoints import Checkpoints, TrainingState
@@ -48,7 +48,7 @@ class Session:
         optimizer = make_optimizer(args, plan, networks.trainable_parameters(), accelerator.device)
         self.lr_scheduler = make_lr_scheduler(args, plan, optimizer)
         self.optimizer = networks.prepare(accelerator, optimizer)
-        sampler = lcm_scheduler(family.noise_schedule, args)
+        sampler = student_scheduler(family.noise_schedule, args)
         self.trackers = Trackers(accelerator, args, plan)
         state = TrainingState(networks, self.optimizer, self.lr_scheduler, self.data, sampler)
         self.checkpoints = Checkpoints(accelerator, args, plan, self.trackers, state)
@@ -86,6 +86,11 @@ class Session:
         """Share losses and the stop flag. Raises UserError, on all processes, if loss or norm are not finite."""
         with self.closing_on_error():
             self.progress.check(self.step + 1, gradient_norm, self.networks.weights, self.networks.averaged)
+
+    @property
+    def progress_made(self) -> float:
+        """The part of the optimizer steps that are done, in [0, 1)."""
+        return self.step / self.plan.max_train_steps
 
     @property
     def step_was_taken(self) -> bool:

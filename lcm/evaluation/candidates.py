@@ -18,6 +18,7 @@ from lcm.errors import UserError, first_line
 from lcm.models.loading import DTYPE, TEACHER, load_config, load_part, load_pretrained
 from lcm.models.lora import adapter_layers
 from lcm.models.lora_files import DIFFUSERS_FILE
+from lcm.options.choices import SAMPLERS, STUDENT_SAMPLERS
 from lcm.pictures.samplers import make_scheduler
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ class Trained:
     label: str
     source: str  # a folder or a Hub id
     subfolder: str | None  # of a U-Net, "" if it is in `source` itself; None for a LoRA
-    scheduler: diffusers.LCMScheduler
+    sampler: str  # the name of its scheduler in STUDENT_SAMPLERS
+    scheduler: diffusers.SchedulerMixin
 
     @property
     def is_lora(self) -> bool:
@@ -106,11 +108,13 @@ def find_trained(pipeline: diffusers.DiffusionPipeline, args: Namespace, label: 
             )
     if has("scheduler/scheduler_config.json"):
         place = {"subfolder": "scheduler", "cache_dir": args.cache_dir}
-        scheduler = load_pretrained(diffusers.LCMScheduler, "--trained", source, **place)
+        sampler = find_sampler(source, **place)
+        scheduler = load_pretrained(getattr(diffusers, SAMPLERS[sampler][0]), "--trained", source, **place)
         if scheduler.config.clip_sample or scheduler.config.thresholding:
             logger.warning("--trained: the scheduler/ of %r clips latents, unlike training; this is ignored", source)
     else:
-        scheduler = make_scheduler("lcm", pipeline.scheduler)
+        sampler = "lcm"
+        scheduler = make_scheduler(sampler, pipeline.scheduler)
         grid = scheduler.config.original_inference_steps
         logger.warning("--trained: %r has no scheduler/; a grid of %d points is assumed", source, grid)
     steps, grid = max(args.num_inference_steps), scheduler.config.original_inference_steps
@@ -119,13 +123,25 @@ def find_trained(pipeline: diffusers.DiffusionPipeline, args: Namespace, label: 
             f"--num_inference_steps: {steps} given, but {source!r} was trained on a grid of {grid} points; allowed: "
             f"at most {grid}"
         )
-    trained = Trained(label, source, subfolder, scheduler)
+    trained = Trained(label, source, subfolder, sampler, scheduler)
     if trained.is_lora:  # only loading it shows whether it fits
         load_trained(pipeline, trained, args)
         pipeline.unload_lora_weights()
     else:
         check_unet(pipeline.unet.config, trained, args)
     return trained
+
+
+def find_sampler(source: str, **place: Any) -> str:
+    """The name in STUDENT_SAMPLERS of the scheduler in a folder or repository. Raises UserError for another one."""
+    try:
+        found = diffusers.SchedulerMixin.load_config(source, **place).get("_class_name")
+    except Exception as error:
+        raise UserError(f"--trained: cannot load {source!r}: {first_line(error)}") from error
+    by_class = {SAMPLERS[name][0]: name for name in STUDENT_SAMPLERS}
+    if found not in by_class:
+        raise UserError(f"--trained: {source!r} has a scheduler {found}; allowed: {', '.join(by_class)}")
+    return by_class[found]
 
 
 def check_unet(expected: dict[str, Any], trained: Trained, args: Namespace) -> None:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from lcm.models.loading import weight_dtype
 from lcm.models.offload import OnDevice
-from lcm.models.prompts import PromptEncoder, SDXLPromptEncoder
+from lcm.models.prompts import Conditioning, PromptEncoder, SDXLPromptEncoder
 from lcm.models.schedule import load_noise_schedule
 from lcm.models.unet import load_unet
 from lcm.models.vae import encode_pixels, load_vae
@@ -61,8 +61,9 @@ class Family:
         with self.vae_on_device:
             return encode_pixels(self.vae, batch["pixels"], size, generator)
 
-    def conditions(self, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(cond, uncond): the keyword arguments of the U-Net for the batch's captions, and for empty ones."""
+    def conditions(self, batch: dict[str, Any]) -> tuple[Conditioning, Conditioning | None]:
+        """(cond, uncond): the keyword arguments of the U-Net for the batch's captions, and for what guidance leads
+        away from, which is None if nothing is guided."""
         with self.encoders_on_device:
             return self.encode_prompts(batch)
 

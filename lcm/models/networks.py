@@ -127,13 +127,13 @@ class WholeUNet(Networks):
     title = "A latent consistency model"
     tags = ["latent-consistency-model", "stable-diffusion", "text-to-image"]
     relation = "finetune"
-    takes_guidance = True
     exported = "unet_target"  # the folder of the network to sample from
     outputs = ["unet", exported, "scheduler"]
 
     def __init__(self, args: Options, teacher: Any, student: Any, target: Any):
         super().__init__(args, teacher, student, target)
         self.networks = [student, teacher, target]
+        self.takes_guidance = args.unet_time_cond_proj_dim is not None
 
     @property
     def saved(self) -> dict[str, UNet2DConditionModel]:
@@ -193,10 +193,12 @@ class WholeUNet(Networks):
         return unet_code(self.args, teacher, source, folder, machine)
 
     def card_text(self) -> str:
-        return "This U-Net samples in 1 to 8 steps. The guidance scale is one of its inputs and costs nothing extra."
+        guidance = " The guidance scale is one of its inputs and costs nothing extra." if self.takes_guidance else ""
+        return f"This U-Net samples in 1 to 8 steps.{guidance}"
 
     def card_rows(self) -> dict[str, Any]:
-        return {"guidance embedding": self.args.unet_time_cond_proj_dim, "EMA decay": self.args.ema_decay}
+        dim = self.args.unet_time_cond_proj_dim
+        return {"guidance embedding": "none" if dim is None else dim, "EMA decay": self.args.ema_decay}
 
 
 class Lora(Networks):

@@ -5,6 +5,7 @@ A conditioning is a dict of U-Net keyword arguments, so that a training loop nee
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 
 from lcm.errors import UserError
 from lcm.models.loading import TEACHER, load_config, load_part, weight_dtype
+from lcm_common import apply_guidance
 
 Conditioning = dict[str, Any]  # U-Net keyword arguments
 
@@ -79,7 +81,7 @@ class PromptEncoder:
             "feature_extractor": None,
             "requires_safety_checker": False,
         }
-        self.empty = self.encode([""])
+        self.unconditional = self.encode([args.teacher_negative_prompt or ""]) if args.w_max > 0 else None
 
     def unet_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The entries that a U-Net's `config` must have to take this conditioning."""
@@ -97,10 +99,15 @@ class PromptEncoder:
         mask = send(inputs.attention_mask, device) if uses_mask else None
         return self.text_encoder(send(inputs.input_ids, device), attention_mask=mask)[0]
 
-    def __call__(self, batch: dict[str, Any]) -> tuple[Conditioning, Conditioning]:
-        """(cond, uncond) for a batch of B samples: two dicts of U-Net keyword arguments."""
-        hidden_states = self.encode(batch["captions"])
-        return {"encoder_hidden_states": hidden_states}, {"encoder_hidden_states": self.empty.expand_as(hidden_states)}
+    def __call__(self, batch: dict[str, Any]) -> tuple[Conditioning, Conditioning | None]:
+        """(cond, uncond) for a batch of B samples: two dicts of U-Net keyword arguments.
+
+        `uncond` is for what guidance leads away from; None if `--w_max` is 0, so that nothing is guided.
+        """
+        cond = {"encoder_hidden_states": self.encode(batch["captions"])}
+        if self.unconditional is None:
+            return cond, None
+        return cond, {"encoder_hidden_states": self.unconditional.expand_as(cond["encoder_hidden_states"])}
 
 
 class SDXLPromptEncoder:
@@ -142,9 +149,11 @@ class SDXLPromptEncoder:
             "force_zeros_for_empty_prompt": index.get("force_zeros_for_empty_prompt", True),
             "add_watermarker": False,
         }
-        self.empty = self.encode([""])
-        if self.components["force_zeros_for_empty_prompt"]:
-            self.empty = tuple(torch.zeros_like(part) for part in self.empty)
+        self.unconditional = self.encode([args.teacher_negative_prompt or ""]) if args.w_max > 0 else None
+        force_zeros = self.components["force_zeros_for_empty_prompt"] and args.teacher_negative_prompt is None
+        if self.unconditional is not None and force_zeros:
+            states, pooled = self.unconditional
+            self.unconditional = torch.zeros_like(states), torch.zeros_like(pooled)
 
     def unet_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The entries that a U-Net's `config` must have to take this conditioning."""
@@ -157,7 +166,7 @@ class SDXLPromptEncoder:
         }
 
     @torch.no_grad()
-    def encode(self, captions: list[str]) -> tuple[torch.Tensor, ...]:
+    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The second to last hidden states of both encoders, concatenated (B, tokens, D1 + D2), and the pooled output
         of the second (B, P), as in `StableDiffusionXLPipeline.encode_prompt`."""
         outputs = [
@@ -175,22 +184,27 @@ class SDXLPromptEncoder:
             sizes, crops = target, torch.zeros_like(crops)
         return send(torch.cat([sizes, crops, target], dim=1).float(), self.text_encoders[1].device)
 
-    def __call__(self, batch: dict[str, Any]) -> tuple[Conditioning, Conditioning]:
+    def __call__(self, batch: dict[str, Any]) -> tuple[Conditioning, Conditioning | None]:
         """(cond, uncond) for a batch of B samples: two dicts of U-Net keyword arguments.
 
-        Both have the same `time_ids`, as in `StableDiffusionXLPipeline`. The unconditional embeddings are zeros if the
-        teacher has `force_zeros_for_empty_prompt`, else those of "".
+        Both have the same `time_ids`, as in `StableDiffusionXLPipeline`. Without a `--teacher_negative_prompt`, the
+        embeddings of `uncond` are zeros if the teacher has `force_zeros_for_empty_prompt`, else those of "". `uncond`
+        is None if `--w_max` is 0, so that nothing is guided.
         """
-        encoded, time_ids = self.encode(batch["captions"]), self.time_ids(batch)
-        empty = [part.expand_as(other) for part, other in zip(self.empty, encoded, strict=True)]
-        cond, uncond = (
-            {
-                "encoder_hidden_states": hidden_states,
-                "added_cond_kwargs": {"text_embeds": text_embeds, "time_ids": time_ids},
-            }
-            for hidden_states, text_embeds in (encoded, empty)
-        )
-        return cond, uncond
+        (hidden_states, text_embeds), time_ids = self.encode(batch["captions"]), self.time_ids(batch)
+        cond = sdxl_conditioning(hidden_states, text_embeds, time_ids)
+        if self.unconditional is None:
+            return cond, None
+        states, pooled = self.unconditional
+        return cond, sdxl_conditioning(states.expand_as(hidden_states), pooled.expand_as(text_embeds), time_ids)
+
+
+def sdxl_conditioning(hidden_states: torch.Tensor, text_embeds: torch.Tensor, time_ids: torch.Tensor) -> Conditioning:
+    """The keyword arguments of SDXL's U-Net for (B, tokens, D), (B, P) and (B, 6)."""
+    return {
+        "encoder_hidden_states": hidden_states,
+        "added_cond_kwargs": {"text_embeds": text_embeds, "time_ids": time_ids},
+    }
 
 
 def join_conditioning(first: Conditioning, second: Conditioning) -> Conditioning:
@@ -199,3 +213,23 @@ def join_conditioning(first: Conditioning, second: Conditioning) -> Conditioning
         name: join_conditioning(value, second[name]) if isinstance(value, dict) else torch.cat([value, second[name]])
         for name, value in first.items()
     }
+
+
+def guided_output(
+    unet: Callable[..., Any],
+    z_t: torch.Tensor,
+    t: torch.Tensor,
+    cond: Conditioning,
+    uncond: Conditioning | None,
+    w: torch.Tensor,
+) -> torch.Tensor:
+    """A U-Net's output at (z_t, t) with guidance of weight `w` (B,), float32 (B, C, h, w').
+
+    The conditional and the unconditional pass are one batch of 2B. If `uncond` is None there is only the first.
+    """
+    if uncond is None:
+        return unet(z_t, t, **cond).sample.float()
+    both = join_conditioning(cond, uncond)
+    output = unet(torch.cat([z_t, z_t]), torch.cat([t, t]), **both).sample
+    cond_output, uncond_output = output.chunk(2)
+    return apply_guidance(cond_output, uncond_output, w)

@@ -13,7 +13,8 @@ def load_noise_schedule(args: Namespace) -> diffusers.DDPMScheduler:
     """The teacher's scheduler as a DDPMScheduler, for its `alphas_cumprod` (T,) and its prediction type.
 
     Raises UserError for a scheduler without betas (flow matching) or with invalid betas, for an unknown prediction
-    type, for fewer timesteps than `--num_ddim_timesteps`, and for epsilon prediction with zero terminal SNR, where the
+    type, for fewer timesteps than `--num_ddim_timesteps`, for more `--num_solver_steps` than fit between two points of
+    the grid, and for epsilon prediction with zero terminal SNR, where the
     network's output at the last timestep does not determine x_0.
     """
     noise_schedule = load_part(diffusers.DDPMScheduler, args, "scheduler")
@@ -31,6 +32,12 @@ def load_noise_schedule(args: Namespace) -> diffusers.DDPMScheduler:
         raise UserError(
             f"--num_ddim_timesteps: {args.num_ddim_timesteps} given; allowed: at most the schedule's "
             f"{len(alphas_cumprod)} timesteps"
+        )
+    interval = len(alphas_cumprod) // args.num_ddim_timesteps
+    if args.num_solver_steps > interval:
+        raise UserError(
+            f"--num_solver_steps: {args.num_solver_steps} given; allowed: at most {interval}, the timesteps "
+            f"between two points of the grid of --num_ddim_timesteps={args.num_ddim_timesteps}"
         )
     if not (alphas_cumprod.diff() < 0).all():  # NaN fails as well
         raise UserError(

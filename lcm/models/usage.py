@@ -5,8 +5,12 @@ from dataclasses import dataclass
 
 from lcm.models.loading import DTYPE
 from lcm.models.lora_files import DIFFUSERS_FILE
-from lcm.options.checks import default_guidance_scale
+from lcm.options.checks import default_guidance_scale, student_sampler
+from lcm.options.choices import SAMPLERS
 from lcm.options.types import Options
+
+# What --w_max 0 trains.
+WITHOUT_GUIDANCE = "Trained without guidance: guidance_scale and a negative prompt work as they do in the teacher."
 
 
 @dataclass(frozen=True)
@@ -40,37 +44,45 @@ def unet_code(args: Options, teacher: str, source: str, folder: str | None, mach
     """
     where = "" if folder is None else f', subfolder="{folder}"'
     where += ', variant="fp16"' if machine.device != "cpu" else ""
-    scale, steps = default_guidance_scale(args), min(4, args.num_ddim_timesteps)
+    scale, scheduler = default_guidance_scale(args), SAMPLERS[student_sampler(args)][0]
+    low, high = args.w_min + 1, args.w_max + 1
+    guidance = f"Trained for guidance scales from {low:g} to {high:g}; a negative prompt has no effect."
+    if args.unet_time_cond_proj_dim is None:
+        guidance = WITHOUT_GUIDANCE
     return f"""\
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from diffusers import DiffusionPipeline, {scheduler}, UNet2DConditionModel
 
 {machine.other_kind}
 unet = UNet2DConditionModel.from_pretrained("{source}"{where}, {machine.dtype})
-scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
+scheduler = {scheduler}.from_pretrained("{source}", subfolder="scheduler")
 pipeline = DiffusionPipeline.from_pretrained(
     "{teacher}", unet=unet, scheduler=scheduler, {machine.dtype}
 ){machine.move}
 
-# Trained for guidance scales from {args.w_min + 1:g} to {args.w_max + 1:g}; a negative prompt has no effect.
+# {guidance}
 prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
-image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={scale:g}).images[0]
+image = pipeline(prompt, num_inference_steps={min(4, args.num_ddim_timesteps)}, guidance_scale={scale:g}).images[0]
 image.save("lcm.png")
 """
 
 
 def lora_code(args: Options, teacher: str, source: str, machine: Machine) -> str:
     """Code for the LoRA in `source`, an output folder or a repository."""
+    scheduler = SAMPLERS[student_sampler(args)][0]
+    guidance = "Guidance is part of what was learned: 1 adds none; from 1 to 2 a negative prompt has an effect."
+    if args.w_max == 0:
+        guidance = WITHOUT_GUIDANCE
     return f"""\
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import DiffusionPipeline, {scheduler}
 
 {machine.other_kind}
 pipeline = DiffusionPipeline.from_pretrained("{teacher}", {machine.dtype}){machine.move}
-pipeline.scheduler = LCMScheduler.from_pretrained("{source}", subfolder="scheduler")
+pipeline.scheduler = {scheduler}.from_pretrained("{source}", subfolder="scheduler")
 pipeline.load_lora_weights("{source}", weight_name="{DIFFUSERS_FILE}")
 
-# Guidance is part of what was learned: 1 adds none; from 1 to 2 a negative prompt has an effect.
+# {guidance}
 prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
 image = pipeline(prompt, num_inference_steps={min(4, args.num_ddim_timesteps)}, guidance_scale=1).images[0]
 image.save("lcm.png")

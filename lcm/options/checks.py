@@ -20,6 +20,16 @@ def parse(parser: Parser, argv: list[str] | None = None) -> Options:
             parser.error(f"{option}: {message}")
 
     need(args.w_min <= args.w_max, "--w_min", f"{args.w_min:g} given; allowed: at most --w_max, {args.w_max:g}")
+    need(args.w_max > 0 or args.teacher_negative_prompt is None, "--teacher_negative_prompt",
+         f"{args.teacher_negative_prompt!r} given, but with --w_max 0 nothing is guided; allowed: one of the two")
+    need(args.target == "phased" or args.num_phases is None, "--num_phases",
+         f"given, but --target {args.target} has no phases; allowed with --target phased")
+    args.num_phases = args.num_phases or [4] * (args.target == "phased")
+    most_phases = max(args.num_phases, default=0)
+    need(most_phases <= args.num_ddim_timesteps, "--num_phases",
+         f"{most_phases} given; allowed: at most --num_ddim_timesteps, {args.num_ddim_timesteps}")
+    if "unet_time_cond_proj_dim" in args and args.unet_time_cond_proj_dim is None and args.w_max > 0:
+        args.unet_time_cond_proj_dim = 256
     need(args.resolution % 8 == 0, "--resolution", f"{args.resolution} given; allowed: multiples of 8")
     need(args.max_train_steps or args.max_train_samples, "--max_train_steps",
          "not given; allowed: a number of steps, or --max_train_samples for the length of an epoch")
@@ -58,6 +68,20 @@ def parse(parser: Parser, argv: list[str] | None = None) -> Options:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     args.freeze()
     return args
+
+
+def target_in_words(args: Options) -> str:
+    """`--target` with what belongs to it: lcm, phased (8, 4, 2, 1 phases)."""
+    phases = f" ({', '.join(map(str, args.num_phases))} phases)" if args.num_phases else ""
+    return f"{args.target}{phases}"
+
+
+def student_sampler(args: Options) -> str:
+    """The name in `SAMPLERS` of the sampler that fits what `--target` trains.
+
+    A single phase, like LCM, always lands at the clean picture. Noise is then added again for the next step.
+    """
+    return "lcm" if args.target == "lcm" or args.num_phases[-1:] == [1] else "tcd"
 
 
 def default_guidance_scale(args: Options) -> float:

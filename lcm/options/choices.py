@@ -1,12 +1,13 @@
 """What a user may choose, one table a choice. Parser, checks and code read the tables here.
 
-The tables name what other libraries do. Losses and prediction types are ours: `lcm_common.py` computes them, under the
-same names.
+The tables name what other libraries do. Losses, targets and prediction types are ours: `lcm_common.py` computes them,
+under the same names.
 """
 
 from typing import Any
 
 LOSSES = ("l2", "huber")  # computed by lcm_common.consistency_loss
+TARGETS = ("lcm", "phased", "trajectory")  # made by lcm_common.make_consistency_function
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # of a teacher; converted by lcm_common.predicted_origin
 PRECISIONS = ("no", "fp16", "bf16")  # those of accelerate that the scripts can train in
 
@@ -43,7 +44,9 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler-trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "unipc-trailing": ("UniPCMultistepScheduler", {"timestep_spacing": "trailing"}),
     "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
 }
+STUDENT_SAMPLERS = ("lcm", "tcd")  # those that only fit distilled networks
 
 # Trackers that accelerate knows, and the packages of which each needs one.
 TRACKERS = {

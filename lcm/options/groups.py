@@ -5,7 +5,15 @@ A script adds the groups that it needs, and passes its own defaults where the sc
 
 import argparse
 
-from lcm.options.choices import INTERPOLATIONS, LOSSES, LR_SCHEDULES, PRECISIONS, TRACKERS, VALIDATION_PROMPTS
+from lcm.options.choices import (
+    INTERPOLATIONS,
+    LOSSES,
+    LR_SCHEDULES,
+    PRECISIONS,
+    TARGETS,
+    TRACKERS,
+    VALIDATION_PROMPTS,
+)
 from lcm.options.types import Parser, integer, names, number, sizes, text
 
 Group = argparse._ArgumentGroup
@@ -143,15 +151,26 @@ def add_distillation_options(parser: Parser, w_min: float) -> Group:
     add("--w_min", type=number(0), default=w_min, metavar="W",
         help="Smallest guidance weight. guided = cond + w (cond - uncond), so w is a pipeline's guidance_scale - 1.")
     add("--w_max", type=number(0), default=15.0, metavar="W",
-        help="Largest guidance weight; w is drawn evenly between the two.")
+        help="Largest guidance weight; w is drawn evenly between the two. With 0 the teacher is not guided, which "
+             "saves its second pass; guidance_scale and negative prompts then work when sampling.")
+    add("--teacher_negative_prompt", type=text, metavar="PROMPT",
+        help="What the teacher's guidance leads away from, instead of the empty prompt.")
     add("--num_ddim_timesteps", type=integer(1, 1000), default=50, metavar="N",
         help="Points of the teacher's DDIM grid. The student learns to jump along the grid, and to sample on it.")
+    add("--num_solver_steps", type=integer(1, 1000), default=1, metavar="STEPS",
+        help="DDIM steps of the teacher from one grid point to the one before. Each costs a pass of the teacher.")
+    add("--target", default="lcm", choices=TARGETS,
+        help="Where the student's jump lands: `lcm` at the clean picture, `phased` at the lower edge of the phase it "
+             "starts in, `trajectory` at a random point below. The saved scheduler is the one that fits.")
+    add("--num_phases", nargs="+", type=integer(1, 1000), metavar="N",
+        help="Phases of `--target phased`. Several numbers, such as 8 4 2 1, are used one after the other, each for "
+             "an equal part of the run. If unset: 4.")
     add("--loss_type", default="l2", choices=LOSSES,
         help="Squared error, or sqrt(d^2 + c^2) - c, which outliers sway less.")
     add("--huber_c", type=number(0, high=1e6, above=0), default=0.001, metavar="C",
         help="The c of the Huber loss.")
     add("--timestep_scaling_factor", type=number(0, above=0), default=10.0, metavar="S",
-        help="Scale of t in the boundary conditions; the saved scheduler carries it.")
+        help="Scale of t in the boundary conditions of `--target lcm`; the saved scheduler carries it.")
     add("--vae_encode_batch_size", type=integer(1), metavar="SAMPLES",
         help="Pictures that the VAE encodes at once. If unset: as many as have 2^20 pixels (4 of 512 x 512, 1 of "
              "1024 x 1024), so that the VAE is not the peak of memory. Changes rounding at most.")
@@ -161,8 +180,8 @@ def add_distillation_options(parser: Parser, w_min: float) -> Group:
 def add_full_model_options(group: Group) -> None:
     """Options of the two scripts that train all weights of a U-Net."""
     add = group.add_argument
-    add("--unet_time_cond_proj_dim", type=integer(4), default=256, metavar="DIM",
-        help="Size of the guidance embedding that the student is fed.")
+    add("--unet_time_cond_proj_dim", type=integer(4), metavar="DIM",
+        help="Size of the guidance embedding that the student is fed. If unset: 256, or no such input with --w_max 0.")
     add("--ema_decay", type=number(0, 1), default=0.95, metavar="DECAY",
         help="Decay of the student's moving average: the target network, and the one to sample from.")
     add("--offload_ema", action="store_true",

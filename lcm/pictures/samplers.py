@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 from diffusers import SchedulerMixin
 
+from lcm.options.checks import student_sampler
 from lcm.options.choices import SAMPLERS
 from lcm.options.types import Options
 
@@ -55,13 +56,15 @@ def teacher_scheduler(noise_schedule: SchedulerMixin) -> SchedulerMixin:
     return make_scheduler("ddim-trailing", noise_schedule)
 
 
-def lcm_scheduler(noise_schedule: SchedulerMixin, args: Options) -> SchedulerMixin:
-    """The LCMScheduler with the grid and the boundary scalings of the training.
+def student_scheduler(noise_schedule: SchedulerMixin, args: Options) -> SchedulerMixin:
+    """The scheduler that fits the student: LCMScheduler or TCDScheduler, with the grid of the training.
 
-    Its last step returns f(z, t), so `set_alpha_to_one` and `steps_offset` have no effect on it.
+    The last step of an LCMScheduler returns f(z, t), so `set_alpha_to_one` and `steps_offset` have no effect on it.
+    Its boundary scalings are those of the training. A TCDScheduler jumps from one edge of M phases to the next in M
+    steps; a pipeline's `eta`, 0 unless given, is the noise that it adds after each.
     """
     return make_scheduler(
-        "lcm",
+        student_sampler(args),
         noise_schedule,
         original_inference_steps=args.num_ddim_timesteps,
         timestep_scaling=args.timestep_scaling_factor,

@@ -22,7 +22,7 @@ from lcm.options.checks import default_guidance_scale
 from lcm.options.plan import Plan
 from lcm.options.types import Options
 from lcm.pictures.grid import MAX_GRID_WIDTH, MAX_PAGE_HEIGHT, MAX_PAGE_ROWS, picture_grid, split_evenly
-from lcm.pictures.samplers import lcm_scheduler, teacher_scheduler
+from lcm.pictures.samplers import student_scheduler, teacher_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +88,8 @@ class Validation:
         self.family, self.networks, self.seed = family, networks, plan.seed
         self.guidance_scales = args.validation_guidance_scale or [default_guidance_scale(args)]
         # A LoRA has learned the guidance of the default scale, and is itself sampled without guidance.
-        self.teacher_guidance_scales = (
-            self.guidance_scales if networks.takes_guidance else [default_guidance_scale(args)]
-        )
+        same_scale = networks.takes_guidance or args.w_max == 0
+        self.teacher_guidance_scales = self.guidance_scales if same_scale else [default_guidance_scale(args)]
         sizes = args.validation_resolution or [(args.resolution, args.resolution)]
         self.rows = [
             Row(prompt, size, (plan.seed + i) % 2**32)
@@ -160,7 +159,7 @@ class Validation:
             try:
                 for name, view in self.networks.views.items():
                     columns = [Column(name, n, s) for s in self.guidance_scales for n in counts]
-                    drawn |= self.draw(view, columns, lcm_scheduler(self.family.noise_schedule, self.args))
+                    drawn |= self.draw(view, columns, student_scheduler(self.family.noise_schedule, self.args))
                 if self.accelerator.is_main_process:
                     self.show(step, drawn)
             except Exception as error:  # out of memory, a full disk

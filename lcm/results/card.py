@@ -8,6 +8,7 @@ import re
 from huggingface_hub import ModelCard, ModelCardData
 
 from lcm.models.networks import Networks
+from lcm.options.checks import target_in_words
 from lcm.options.plan import Plan
 from lcm.options.types import Options
 
@@ -83,8 +84,10 @@ def model_card(
         "samples a step and process": args.train_batch_size * plan.gradient_accumulation_steps,
         "resolution": args.resolution,
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}",
+        "target": target_in_words(args),
         "guidance_scale": f"{args.w_min + 1:g} to {args.w_max + 1:g} (w = {args.w_min:g} to {args.w_max:g})",
-        "DDIM grid": f"{args.num_ddim_timesteps} steps",
+        "DDIM grid": f"{args.num_ddim_timesteps} steps"
+        + (f", {args.num_solver_steps} of the teacher between two points" if args.num_solver_steps > 1 else ""),
         "loss": args.loss_type + (f", c = {args.huber_c:g}" if args.loss_type == "huber" else ""),
         **networks.card_rows(),
         "mixed precision": plan.mixed_precision,

@@ -6,6 +6,7 @@ import torch
 
 from lcm.data.config import DataConfig
 from lcm.models.networks import Networks
+from lcm.options.checks import target_in_words
 from lcm.options.plan import Plan
 from lcm.options.types import Options
 from lcm_common import DDIMSolver
@@ -22,6 +23,8 @@ def describe_run(
     steps, epoch = plan.max_train_steps, plan.steps_per_epoch
     epochs = f", {steps / epoch:.3g} epochs of {epoch}" if epoch else ""
     guidance = f"w in [{args.w_min:g}, {args.w_max:g}]: guidance_scale {args.w_min + 1:g} to {args.w_max + 1:g}"
+    if args.w_max == 0:
+        guidance = "no guidance, so one pass of the teacher"
     for line in (
         f"Teacher: {args.pretrained_teacher_model}; {trainable:.2f} M trainable parameters of {parameters:.2f} M",
         f"Device: {device}, {plan.num_processes} process(es), mixed precision {plan.mixed_precision}",
@@ -32,7 +35,8 @@ def describe_run(
         f"{args.resolution} pixels, seed {plan.seed}",
         f"Host memory for data, a process: up to {data_config.max_bytes / 1e9:.2g} GB, "
         f"{data_config.streams_per_process} x {data_config.shuffle_buffer_mb:g} MB of it for --shuffle_buffer_mb",
-        f"Distillation: {args.num_ddim_timesteps} DDIM steps, {guidance}, {args.loss_type} loss",
+        f"Distillation: target {target_in_words(args)}, {args.num_ddim_timesteps} DDIM steps, {guidance}, "
+        f"{args.loss_type} loss",
     ):
         logger.info(line)
     if not solver.reaches_end:

@@ -225,7 +225,8 @@ class Simulation:
 
         self.device.patch(VaeImageProcessor, "postprocess", postprocess)
         # It compares timesteps, which have no values.
-        self.device.patch(diffusers.LCMScheduler, "_init_step_index", lambda self, t: setattr(self, "_step_index", 0))
+        for kind in (diffusers.LCMScheduler, diffusers.TCDScheduler):
+            self.device.patch(kind, "_init_step_index", lambda self, t: setattr(self, "_step_index", 0))
         self.device.patch(validation, "first_line", raise_again)
 
     def patch_numbers(self) -> None:

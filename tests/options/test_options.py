@@ -90,6 +90,10 @@ PUBLIC_DEFAULTS = {
 }
 # Ours: unless they are given, the scripts do what the public ones do.
 OWN_COMMON = {
+    "target": "lcm",
+    "num_phases": [],
+    "num_solver_steps": 1,
+    "teacher_negative_prompt": None,
     "vae_encode_batch_size": None,  # theirs is 32, for SDXL 8: the same latents but for rounding, and more memory
     "offload": False,
     "caption_key": "caption",
@@ -133,6 +137,7 @@ CHOICES = {
     "lr_scheduler": [
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
     ],
+    "target": ["lcm", "phased", "trajectory"],
     "loss_type": ["l2", "huber"],
     "mixed_precision": ["no", "fp16", "bf16"],
 }  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 
 from lcm.models.schedule import load_noise_schedule
 from lcm.options.choices import SAMPLERS
-from lcm.pictures.samplers import lcm_scheduler, make_scheduler
+from lcm.pictures.samplers import make_scheduler, student_scheduler
 from lcm_common import DDIMSolver, consistency_function
 
 COMPLETE = {
@@ -57,7 +57,7 @@ def teachers(folder, classes=("DDIMScheduler",)):
     (folder / "scheduler").mkdir()
     args = SimpleNamespace(
         pretrained_teacher_model=str(folder), teacher_revision=None, revision=None, cache_dir=None,
-        num_ddim_timesteps=50, timestep_scaling_factor=3.0,
+        num_ddim_timesteps=50, num_solver_steps=1, timestep_scaling_factor=3.0, target="lcm",
     )  # fmt: skip
     for kind, left_out, changed in itertools.product(classes, LEFT_OUT, CHANGED):
         config = {key: value for key, value in (COMPLETE | changed).items() if key not in {*left_out} - changed.keys()}
@@ -90,7 +90,7 @@ def test_every_sampler_samples_along_what_was_trained(tmp_path):
     count = 0
     for config, schedule, args in teachers(tmp_path):
         made = {name: make_scheduler(name, schedule) for name in SAMPLERS}
-        made["export"] = lcm_scheduler(schedule, args)
+        made["export"] = student_scheduler(schedule, args)
         made["export"].save_pretrained(tmp_path / "saved")
         made["saved"] = diffusers.LCMScheduler.from_pretrained(tmp_path / "saved")
         for name, scheduler in made.items():
@@ -160,7 +160,7 @@ def test_the_exported_scheduler_ends_at_the_consistency_function(tmp_path, chang
         if any(config.get(key) != changed[key] for key in changed):
             continue
         solver = DDIMSolver(schedule.alphas_cumprod, 50)
-        scheduler = lcm_scheduler(schedule, args)
+        scheduler = student_scheduler(schedule, args)
         z, output = torch.randn(2, 1, 4, 8, 8, generator=generator)
         for steps in (1, 4):
             scheduler.set_timesteps(steps)
@@ -182,8 +182,8 @@ def test_the_exported_scheduler_ends_at_the_consistency_function(tmp_path, chang
 
 def test_no_two_schedulers_share_anything():
     schedule = diffusers.DDPMScheduler()
-    args = SimpleNamespace(num_ddim_timesteps=50, timestep_scaling_factor=10.0)
-    one, other = (lcm_scheduler(schedule, args) for _ in range(2))
+    args = SimpleNamespace(num_ddim_timesteps=50, timestep_scaling_factor=10.0, target="lcm")
+    one, other = (student_scheduler(schedule, args) for _ in range(2))
     before = dict(other.config)
     one.set_timesteps(2)
     one.register_to_config(steps_offset=7, clip_sample=True)

@@ -7,6 +7,7 @@ once. `@covers` names the options that a test observes, and the scripts that it 
 """
 
 import contextlib
+import dataclasses
 import gc
 import importlib
 import importlib.util
@@ -44,7 +45,7 @@ import lcm_common
 from lcm import session
 from lcm.data import loader, stream
 from lcm.data.shards import read_shard
-from lcm.models import family
+from lcm.models import family, prompts
 from lcm.pictures import validation
 from lcm.run import progress
 
@@ -267,7 +268,7 @@ def watch(patch, run):
     wrap(loader.TrainingData, "__iter__", batches)
     wrap(stream, "decode_sample", sample)
     wrap(torch.utils.checkpoint, "checkpoint", recompute)
-    wrap(lcm_common, "apply_guidance", guidance)
+    wrap(prompts, "apply_guidance", guidance)
     wrap(lcm_common, "consistency_loss", loss)
     wrap(session, "make_optimizer", optimizer)
     wrap(progress.Progress, "step", step)
@@ -1155,6 +1156,84 @@ def test_losses(run):
     assert same(run(), run("--huber_c=0.5"))
     assert not same(run(), run("--loss_type=huber"))
     assert not same(run("--loss_type=huber"), run("--loss_type=huber", "--huber_c=0.5"))
+
+
+def expected_jump(call, ends):
+    """alpha_s / alpha_t z + (sigma_s - alpha_s sigma_t / alpha_t) eps: DDIM from what an epsilon-predicting network was
+    given and returned to the timesteps `ends`."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas_cumprod = (1 - betas).cumprod(0)
+    t, s = (alphas_cumprod[torch.tensor(steps)].reshape(-1, 1, 1, 1) for steps in (call.t, ends))
+    ratio = (s / t).sqrt()
+    return ratio * call.z.double() + ((1 - s).sqrt() - ratio * (1 - t).sqrt()) * call.output.double()
+
+
+@covers("target", "num_phases", "num_solver_steps", "teacher_negative_prompt", by=ALL)
+def test_phases_solver_steps_and_a_negative_prompt(run):
+    """Two phases, then one; two steps of the teacher between grid points, guided away from a prompt of its own."""
+    more = ("--num_ddim_timesteps=4", "--num_solver_steps=2", "--teacher_negative_prompt=blurry")
+    done = run("--target=phased", *more, "--num_phases", "2", "1")
+    lower_edge = [{999: 499, 749: 499, 499: 0, 249: 0}, dict.fromkeys((999, 749, 499, 249), 0)]
+    for step, (student, target) in enumerate(zip(done.student_calls, done.target_calls, strict=True)):
+        first, second = done.teacher_calls[2 * step : 2 * step + 2]
+        half_way = [t - (t - max(t - 250, 0)) // 2 for t in student.t]
+        assert first.t == student.t * 2 and second.t == half_way * 2
+        assert torch.equal(first.z, torch.cat([student.z, student.z])) and not torch.equal(second.z, first.z)
+        prediction, goal, _ = done.losses[step]
+        ends = [lower_edge[step][t] for t in student.t]
+        torch.testing.assert_close(prediction, expected_jump(student, ends), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(goal, expected_jump(target, ends), rtol=1e-3, atol=1e-4)
+        for call in (first, second):
+            for name, value in call.cond.items():
+                captions, negative = value.chunk(2)
+                assert torch.equal(captions, student.cond[name])
+                if name != "time_ids":
+                    assert torch.equal(negative[0], negative[1]) and negative.any()
+    assert done.config("scheduler", "scheduler_config.json")["_class_name"] == "LCMScheduler"
+    assert "target phased (2, 1 phases)" in done.log
+    assert "| target | phased (2, 1 phases) |" in (done.folder / "README.md").read_text()
+
+
+@covers("target", by=ALL)
+def test_trajectories(run):
+    done = run("--target=trajectory", "--train_batch_size=4")
+    ends = set()
+    for i, (student, target) in enumerate(zip(done.student_calls, done.target_calls, strict=True)):
+        prediction, goal, _ = done.losses[i]
+        for b, t_n in enumerate(target.t):
+            one, other = one_sample(student, b), one_sample(target, b)
+            landed = [s for s in range(t_n + 1) if expected_jump(one, [s]).sub(prediction[b]).abs().max() < 2e-3]
+            assert landed and any(expected_jump(other, [s]).sub(goal[b]).abs().max() < 2e-3 for s in landed)
+            ends.add(landed[0])
+    assert len(ends) > 4
+    scheduler = done.config("scheduler", "scheduler_config.json")
+    assert (scheduler["_class_name"], scheduler["original_inference_steps"]) == ("TCDScheduler", 50)
+    assert "TCDScheduler.from_pretrained" in done.printed and not same(done, run("--train_batch_size=4"))
+
+
+def one_sample(call, b):
+    """The part of a Call that belongs to sample `b`."""
+    return dataclasses.replace(call, z=call.z[b : b + 1], t=call.t[b : b + 1], output=call.output[b : b + 1])
+
+
+@covers("w_min", "w_max", "unet_time_cond_proj_dim", by=ALL)
+def test_without_guidance(run):
+    """The teacher has one pass, and guidance and negative prompts are left to those who sample."""
+    pictures = ("--validation_guidance_scale=2", "--validation_negative_prompt=blurry", "--validation_teacher_steps=1")
+    done = run("--w_min=0", "--w_max=0", *pictures, drop=("unet_time_cond_proj_dim",))
+    assert len(done.calls) == 6 and not done.w
+    for teacher, target, student in zip(*[iter(done.calls)] * 3, strict=True):
+        assert teacher.w_emb is target.w_emb is student.w_emb is None and student.grad
+        assert torch.equal(teacher.z, student.z) and teacher.t == student.t
+        assert all(torch.equal(teacher.cond[name], student.cond[name]) for name in student.cond)
+    assert all(len(call.z) == 2 for call in done.drawn)  # with the negative prompt, the teacher's too
+    assert "no guidance, so one pass of the teacher" in done.log
+    assert "a negative prompt work as they do in the teacher" in done.printed
+    if not run.is_lora:
+        assert done.config()["time_cond_proj_dim"] is None
+        asked = run("--w_min=0", "--w_max=0")
+        assert asked.config()["time_cond_proj_dim"] == 16 and len(asked.teacher_calls[0].z) == 2
+        assert all(call.w_emb is not None for call in asked.student_calls)
 
 
 @covers("unet_time_cond_proj_dim", by=FULL)
