@@ -163,7 +163,7 @@ class DDIMSolver:
     def path(self, t_nk: Tensor, t_n: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The `substeps` pairs (from, to) of timesteps (B,) that lead from `t_nk` to `t_n`, of equal length."""
         ends = [t_nk - (t_nk - t_n) * i // self.substeps for i in range(self.substeps + 1)]
-        return list(zip(ends, ends[1:], strict=False))
+        return [(ends[i], ends[i + 1]) for i in range(self.substeps)]
 
     def add_noise(self, z_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """z_t: `add_noise` on the teacher's schedule."""

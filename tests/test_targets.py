@@ -131,9 +131,9 @@ def slow_noise(kind, output, alpha, sigma, z):
 def slow_f(target, kind, alphas_cumprod, output, t, z, s):
     """f of one number, and its derivative by the output.
 
-    lcm: equation 9 of arXiv 2310.04378. phased and trajectory: F(z, t, s) = alpha_s / alpha_t z - alpha_s eps
-    (sigma_t / alpha_t - sigma_s / alpha_s) for epsilon, equation 8 of arXiv 2405.18407 and equation 9 of 2402.19159; in
-    the equal form alpha_s x_0 + sigma_s eps for the others, and with zero SNR.
+    lcm: equation 9 of arXiv 2310.04378. phased (arXiv 2405.18407) and trajectory (2402.19159): a DDIM step, which for
+    epsilon is alpha_s / alpha_t z - alpha_s eps (sigma_t / alpha_t - sigma_s / alpha_s), and in the equal form
+    alpha_s x_0 + sigma_s eps for the others.
     """
     alpha, sigma = math.sqrt(alphas_cumprod[t]), math.sqrt(1 - alphas_cumprod[t])
     x_0, x_0_slope = slow_origin(kind, output, alpha, sigma, z)

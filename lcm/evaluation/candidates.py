@@ -29,12 +29,12 @@ def dtype_name(args: Namespace) -> str:
     return args.dtype or ("float16" if torch.cuda.is_available() else "float32")
 
 
-def load_teacher(args: Namespace) -> diffusers.DiffusionPipeline:
-    """The teacher's pipeline on the device, without a safety checker, which would blacken pictures.
+def load_teacher(args: Namespace, device: torch.device | str | None = None) -> diffusers.DiffusionPipeline:
+    """The teacher's pipeline without a safety checker, which would blacken pictures, on a GPU or on `device`.
 
     Raises UserError if the teacher cannot be loaded, or has no U-Net or no betas.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, dtype_name(args))
     parts: dict[str, Any] = {DTYPE: dtype, "variant": args.variant}
     index = load_config(diffusers.DiffusionPipeline, args)

@@ -22,10 +22,15 @@ def starting_noise(pipeline: DiffusionPipeline, count: int, seed: int, resolutio
     return torch.stack([torch.randn(unet.in_channels, side, side, generator=generator) for _ in range(count)])
 
 
+def picture_generator(seed: int, number: int) -> torch.Generator:
+    """A generator for one picture. It depends on `seed` and the picture's number only."""
+    state = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
 def picture_generators(count: int, seed: int) -> list[torch.Generator]:
-    """The generators of the noise between the steps: that of picture i depends on `seed` and i only."""
-    states = (np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] for i in range(count))
-    return [torch.Generator().manual_seed(int(state >> np.uint64(1))) for state in states]
+    """The generators of the noise between the steps, one for each of `count` pictures."""
+    return [picture_generator(seed, i) for i in range(count)]
 
 
 def synchronize(device: torch.device) -> None:

@@ -1159,8 +1159,8 @@ def test_losses(run):
 
 
 def expected_jump(call, ends):
-    """alpha_s / alpha_t z + (sigma_s - alpha_s sigma_t / alpha_t) eps: DDIM from what an epsilon-predicting network was
-    given and returned to the timesteps `ends`."""
+    """alpha_s / alpha_t z + (sigma_s - alpha_s sigma_t / alpha_t) eps: DDIM to the timesteps `ends`, from what an
+    epsilon-predicting network was given and returned."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas_cumprod = (1 - betas).cumprod(0)
     t, s = (alphas_cumprod[torch.tensor(steps)].reshape(-1, 1, 1, 1) for steps in (call.t, ends))

@@ -367,6 +367,20 @@ def test_killed_and_resumed_equals_unbroken(script, tmp_path):
     assert_same_outputs(script, tmp_path / "killed", tmp_path / "unbroken")
 
 
+@pytest.mark.parametrize(
+    "target",
+    [["--target=phased", "--num_phases", "8", "4", "2"], ["--target=trajectory", "--num_solver_steps=2", "--w_min=0"]],
+    ids=lambda options: options[0],
+)
+@pytest.mark.parametrize("script", ["sd", "lora_sdxl"], indirect=True)
+def test_other_targets_resume_exactly(script, tmp_path, target):
+    """The phases are those of the step, and what is drawn is that of the step."""
+    more = [*target, "--max_train_steps=6", "--checkpointing_steps=3"]
+    script.main(tmp_path / "unbroken", *more)
+    script.main(tmp_path / "resumed", *more, f"--resume_from_checkpoint={tmp_path / 'unbroken' / 'checkpoint-3'}")
+    assert_same_outputs(script, tmp_path / "unbroken", tmp_path / "resumed")
+
+
 def test_resume_restores_the_tally_and_the_seed(teacher, shards, tmp_path):
     """Without --seed one is drawn and stored; the resumed run takes it from there."""
     options = [o for o in sd_options(teacher, shards, tmp_path, "--checkpointing_steps=2") if "--seed" not in o]
