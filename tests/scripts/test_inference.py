@@ -41,12 +41,16 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 STYLE = "TheLastBen/Papercut_SDXL"
 FULL_OPTIONS = ["--ema_decay=0.5", "--checkpointing_steps=2"]
 LORA_OPTIONS = ["--lora_rank=4", "--lora_alpha=8", "--learning_rate=1e-2", "--checkpointing_steps=2"]
+UNGUIDED = ["--w_min=0", "--w_max=0", "--proportion_empty_prompts=0.1"]
 # Output folder: script, base model, options. One LoRA with a moving average and one without.
 RUNS = {
     "lcm-sd15": ("sd", SD15, FULL_OPTIONS),
     "lcm-sdxl": ("sdxl", SDXL, FULL_OPTIONS),
     "lcm-lora-sd15": ("lora_sd", SD15, LORA_OPTIONS),
     "lcm-lora-sdxl": ("lora_sdxl", SDXL, [*LORA_OPTIONS, "--ema_decay=0.5"]),
+    "phased-sd15": ("sd", SD15, [*FULL_OPTIONS, "--target=phased"]),
+    "trajectory-lora-sd15": ("lora_sd", SD15, [*LORA_OPTIONS, "--target=trajectory"]),
+    "unguided-sd15": ("sd", SD15, [*FULL_OPTIONS, *UNGUIDED, "--learning_rate=1e-2"]),
 }
 
 
@@ -283,6 +287,13 @@ EFFECTS = [
     ("ControlNet with an LCM-LoRA", OTHER_EDGES, True),
     ("ControlNet with an LCM-LoRA", ("conditioning_scale=0.8", "conditioning_scale=0.2"), True),
     ("ControlNet with an LCM-LoRA", NO_LORA_SD15, True),
+    ("A whole model of `--target phased`", (SCALE_8, "guidance_scale=14"), True),
+    ("A whole model of `--target phased`", ("scheduler=scheduler, ", ""), True),
+    ("A whole model of `--target phased`", ('"phased-sd15", subfolder="unet', '"lcm-sd15", subfolder="unet'), True),
+    ("A LoRA of `--target trajectory`", ("eta=0.3", "eta=0.9"), True),
+    ("A LoRA of `--target trajectory`", ('pipeline.load_lora_weights("trajectory-lora-sd15")\n', ""), True),
+    ("A whole model of `--w_max 0`", ("guidance_scale=4", "guidance_scale=8"), True),
+    ("A whole model of `--w_max 0`", ('negative_prompt="people, boats"', 'negative_prompt=""'), True),
     ("From a checkpoint of a whole model", ("checkpoint-500", "checkpoint-4"), True),
     ("From a checkpoint of an LCM-LoRA", ("checkpoint-500", "checkpoint-4"), True),
     ("A whole model from the Hub", (SCALE_8, "guidance_scale=14"), True),
