@@ -50,7 +50,7 @@ RUNS = {
     "lcm-lora-sdxl": ("lora_sdxl", SDXL, [*LORA_OPTIONS, "--ema_decay=0.5"]),
     "phased-sd15": ("sd", SD15, [*FULL_OPTIONS, "--target=phased"]),
     "trajectory-lora-sd15": ("lora_sd", SD15, [*LORA_OPTIONS, "--target=trajectory"]),
-    "unguided-sd15": ("sd", SD15, [*FULL_OPTIONS, *UNGUIDED, "--learning_rate=1e-2"]),
+    "unguided-sd15": ("sd", SD15, [*FULL_OPTIONS, *UNGUIDED]),
 }
 
 
@@ -154,7 +154,7 @@ def train(name, home, shards, patch):
         export(self, folder)
 
     patch.setattr(kind, "export", export_and_keep)
-    options = common_options if "lora" in script else sd_options
+    options = common_options if "lora" in script or more[-3:] == UNGUIDED else sd_options  # which names an input for w
     importlib.import_module(f"train_lcm_distill_{script}_wds").main(options(home / base, shards, home / name, *more))
     (home / name / "checkpoint-2").rename(home / name / "checkpoint-500")
     return exported[0]
