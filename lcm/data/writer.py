@@ -3,10 +3,10 @@
 import io
 import json
 import os
-import tarfile
 from collections.abc import Iterable
 from typing import Any
 
+import webdataset
 from PIL import Image
 
 from lcm.options.choices import PICTURE_FORMATS
@@ -32,24 +32,22 @@ def write_shard(path: str, samples: Iterable[tuple[str, Image.Image, str, dict[s
 
     The JSON has the entries, `key`, `caption`, and the picture's `width`, `height`, `original_width` and
     `original_height`, as img2dataset names them. The file has this name only once it is complete. The same samples
-    make the same bytes: members have no owner and no date.
+    make the same bytes.
     """
-    with tarfile.open(path + PARTIAL, "w", format=tarfile.USTAR_FORMAT) as shard:
+    with open(path + PARTIAL, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as shard:
         for key, picture, caption, entries in samples:
             width, height = picture.size
             sizes = {"width": width, "height": height, "original_width": width, "original_height": height}
             about = {"key": key, "caption": caption, **sizes, **entries}
-            add_member(shard, f"{key}.{suffix}", encode_picture(picture, suffix))
-            add_member(shard, f"{key}.txt", caption.encode())
-            add_member(shard, f"{key}.json", json.dumps(about, ensure_ascii=False).encode())
+            shard.write(
+                {
+                    "__key__": key,
+                    suffix: encode_picture(picture, suffix),
+                    "txt": caption.encode(),
+                    "json": json.dumps(about, ensure_ascii=False).encode(),
+                }
+            )
     publish(path + PARTIAL, path)
-
-
-def add_member(shard: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add a file with this content to a tar file."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    shard.addfile(member, io.BytesIO(data))
 
 
 def remove_unfinished(folder: str) -> None:
