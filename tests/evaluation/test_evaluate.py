@@ -25,6 +25,7 @@ from diffusers import (
     DiffusionPipeline,
     EulerDiscreteScheduler,
     LCMScheduler,
+    TCDScheduler,
     UNet2DConditionModel,
 )
 from PIL import Image
@@ -334,6 +335,32 @@ def test_checkpoints_and_single_folders(evaluate, home, name, tmp_path):
     assert ("has no scheduler/; a grid of 50 points is assumed" in run.log) == (name == "sd")
     if name == "sd":
         assert run.drawn["unet_target, 1 step"].scheduler.config.original_inference_steps == 50
+
+
+def with_scheduler(home, kind, folder):
+    """A copy of the trained LoRA whose scheduler/ is of another class."""
+    shutil.copytree(home / "lora_sd", folder, ignore=shutil.ignore_patterns("checkpoint*", "logs"))
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": kind}))
+    return folder
+
+
+def test_the_scheduler_is_the_one_that_was_saved(evaluate, error, home, tmp_path):
+    """Of another target it is a TCDScheduler; the pictures are those of the pipeline with it. Others are refused."""
+    folder = with_scheduler(home, "TCDScheduler", tmp_path / "tcd")
+    run = evaluate(trained=f"LoRA={folder}", num_images=2)
+    assert [row["sampler"] for row in run.rows] == ["ddim", "ddim-trailing", "tcd"]
+    one = run.drawn["LoRA, 2 steps"]
+    assert type(one.scheduler) is TCDScheduler and one.scheduler.config.original_inference_steps == GRID
+    pipeline = DiffusionPipeline.from_pretrained(home.teachers["sd"])
+    pipeline.scheduler = TCDScheduler.from_pretrained(folder, subfolder="scheduler")
+    pipeline.load_lora_weights(folder)
+    drawn = pipeline(
+        PROMPTS[0], num_inference_steps=2, guidance_scale=1, latents=one.noise[:1], output_type="pt"
+    ).images
+    torch.testing.assert_close((drawn * 255).round(), one.images[:1].float(), rtol=0, atol=1)
+    line, code = error(trained=str(with_scheduler(home, "EulerDiscreteScheduler", tmp_path / "euler")))
+    assert line.endswith("has a scheduler EulerDiscreteScheduler; allowed: LCMScheduler, TCDScheduler") and code == 1
 
 
 def test_from_the_hub(evaluate, home, tmp_path):
