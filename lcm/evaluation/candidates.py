@@ -135,7 +135,7 @@ def find_trained(pipeline: diffusers.DiffusionPipeline, args: Namespace, label: 
 def find_sampler(source: str, **place: Any) -> str:
     """The name in STUDENT_SAMPLERS of the scheduler in a folder or repository. Raises UserError for another one."""
     try:
-        found = diffusers.SchedulerMixin.load_config(source, **place).get("_class_name")
+        found = diffusers.LCMScheduler.load_config(source, **place).get("_class_name")
     except Exception as error:
         raise UserError(f"--trained: cannot load {source!r}: {first_line(error)}") from error
     by_class = {SAMPLERS[name][0]: name for name in STUDENT_SAMPLERS}
