@@ -154,7 +154,13 @@ def test_all_pages_of_pictures_are_pushed(teacher, shards, tmp_path):
 def test_code_for_a_machine(device, on_hub):
     """Half precision and its files where there is a GPU, and a word about the other kind; each is Python."""
     args = SimpleNamespace(
-        w_min=2, w_max=5, ema_decay=None, num_ddim_timesteps=50, validation_prompts=['a "quoted" one']
+        w_min=2,
+        w_max=5,
+        ema_decay=None,
+        num_ddim_timesteps=50,
+        validation_prompts=['a "quoted" one'],
+        target="lcm",
+        unet_time_cond_proj_dim=16,
     )
     full = networks.WholeUNet(args, None, None, None)
     lora = networks.Lora(args, SimpleNamespace(active=None), None, SimpleNamespace(active=None))

@@ -1216,7 +1216,7 @@ def one_sample(call, b):
     return dataclasses.replace(call, z=call.z[b : b + 1], t=call.t[b : b + 1], output=call.output[b : b + 1])
 
 
-@covers("w_min", "w_max", "unet_time_cond_proj_dim", by=ALL)
+@covers("w_min", "w_max", by=ALL)
 def test_without_guidance(run):
     """The teacher has one pass, and guidance and negative prompts are left to those who sample."""
     pictures = ("--validation_guidance_scale=2", "--validation_negative_prompt=blurry", "--validation_teacher_steps=1")
