@@ -35,10 +35,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     """The checked options. Heavy imports come later, so that a wrong option is reported at once."""
     parser = make_parser(__doc__, __file__)
     add_model_options(parser)
-    parser.add_argument(
-        "--variant", type=text, metavar="NAME", help="Variant of the teacher's weight files, such as fp16."
-    )
     add = parser.add_argument_group("what is drawn").add_argument
+    add("--variant", type=text, metavar="NAME", help="Variant of the teacher's weight files, such as fp16.")
     add(
         "--prompts",
         nargs="+",
@@ -126,14 +124,15 @@ def make_shards(args: Options) -> None:
     paths = [os.path.join(args.output_dir, f"{number:05d}.tar") for number in range(len(shards))]
     missing = [number for number, path in enumerate(paths) if not os.path.exists(path)]
     mine = missing[state.process_index :: state.num_processes]
-    pipeline = load_teacher(args, state.device)
-    pipeline.scheduler = make_scheduler(args.scheduler, pipeline.scheduler)
-    pipeline.set_progress_bar_config(disable=True)
     state.print(f"{len(shards) - len(missing)} of {len(shards)} shards are there. Drawing {len(missing)}.")
-    total = sum(len(shards[number]) for number in mine)
-    with tqdm(total=total, unit="picture", dynamic_ncols=True, disable=not state.is_main_process) as progress:
-        for number in mine:
-            write_shard(paths[number], samples(pipeline, args, shards[number], progress), args.picture_format)
+    if mine:
+        pipeline = load_teacher(args, state.device)
+        pipeline.scheduler = make_scheduler(args.scheduler, pipeline.scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        total = sum(len(shards[number]) for number in mine)
+        with tqdm(total=total, unit="picture", dynamic_ncols=True, disable=not state.is_main_process) as progress:
+            for number in mine:
+                write_shard(paths[number], samples(pipeline, args, shards[number], progress), args.picture_format)
     state.wait_for_everyone()
     if state.is_main_process:
         size = sum(map(os.path.getsize, paths)) / 1e6
@@ -177,15 +176,15 @@ def samples(
         batch = range(first, min(first + args.batch_size, numbers.stop))
         prompts = [args.prompts[i % len(args.prompts)] for i in batch]
         negative = args.negative_prompt and [args.negative_prompt] * len(prompts)
-        size = args.resolution and {"width": args.resolution, "height": args.resolution}
         try:
             pictures = pipeline(
                 prompts,
                 negative_prompt=negative,
+                width=args.resolution,
+                height=args.resolution,
                 num_inference_steps=args.num_inference_steps,
                 guidance_scale=args.guidance_scale,
                 generator=[picture_generator(args.seed, i) for i in batch],
-                **(size or {}),
             ).images
         except torch.OutOfMemoryError as error:
             raise UserError(f"--batch_size: {args.batch_size} given, but {first_line(error)}") from error

@@ -132,12 +132,17 @@ def find_trained(pipeline: diffusers.DiffusionPipeline, args: Namespace, label: 
     return trained
 
 
-def find_sampler(source: str, **place: Any) -> str:
-    """The name in STUDENT_SAMPLERS of the scheduler in a folder or repository. Raises UserError for another one."""
+def trained_config(kind: Any, source: str, **place: Any) -> dict[str, Any]:
+    """The config of a part of a trained network, read by the class `kind`. Raises UserError."""
     try:
-        found = diffusers.LCMScheduler.load_config(source, **place).get("_class_name")
+        return kind.load_config(source, **place)
     except Exception as error:
         raise UserError(f"--trained: cannot load {source!r}: {first_line(error)}") from error
+
+
+def find_sampler(source: str, **place: Any) -> str:
+    """The name in STUDENT_SAMPLERS of the scheduler in a folder or repository. Raises UserError for another one."""
+    found = trained_config(diffusers.LCMScheduler, source, **place).get("_class_name")
     by_class = {SAMPLERS[name][0]: name for name in STUDENT_SAMPLERS}
     if found not in by_class:
         raise UserError(f"--trained: {source!r} has a scheduler {found}; allowed: {', '.join(by_class)}")
@@ -147,10 +152,7 @@ def find_sampler(source: str, **place: Any) -> str:
 def check_unet(expected: dict[str, Any], trained: Trained, args: Namespace) -> None:
     """Raise UserError if a trained U-Net cannot replace one whose config is `expected`."""
     place = {"subfolder": trained.subfolder or None, "cache_dir": args.cache_dir}
-    try:
-        found = diffusers.UNet2DConditionModel.load_config(trained.source, **place)
-    except Exception as error:
-        raise UserError(f"--trained: cannot load {trained.source!r}: {first_line(error)}") from error
+    found = trained_config(diffusers.UNet2DConditionModel, trained.source, **place)
     names = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
     wanted = {"_class_name": "UNet2DConditionModel", **{name: expected[name] for name in names}}
     for name, value in wanted.items():

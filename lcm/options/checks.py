@@ -24,7 +24,8 @@ def parse(parser: Parser, argv: list[str] | None = None) -> Options:
          f"{args.teacher_negative_prompt!r} given, but with --w_max 0 nothing is guided; allowed: one of the two")
     need(args.target == "phased" or args.num_phases is None, "--num_phases",
          f"given, but --target {args.target} has no phases; allowed with --target phased")
-    args.num_phases = args.num_phases or [4] * (args.target == "phased")
+    if args.num_phases is None:
+        args.num_phases = [4] if args.target == "phased" else []
     most_phases = max(args.num_phases, default=0)
     need(most_phases <= args.num_ddim_timesteps, "--num_phases",
          f"{most_phases} given; allowed: at most --num_ddim_timesteps, {args.num_ddim_timesteps}")
