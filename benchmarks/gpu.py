@@ -61,7 +61,7 @@ def options(kind: str, precision: str, folder: Path, small: bool) -> list[str]:
     teacher = ROOT / "demo" / "teacher" if small else folder / ("sdxl" if sdxl else "sd15")
     given = [
         f"--pretrained_teacher_model={teacher}", f"--train_shards_path_or_url={folder}/shards/{{00000..00001}}.tar",
-        f"--mixed_precision={precision}", f"--resolution={32 if small else 1024 if sdxl else 512}",
+        f"--mixed_precision={precision}", f"--resolution={64 if small else 1024 if sdxl else 512}",
         f"--train_batch_size={4 if sdxl or small else 12}", "--gradient_checkpointing", "--dataloader_num_workers=2",
         "--shuffle_buffer_size=20", "--loss_type=huber", "--learning_rate=1e-6", "--seed=0", "--report_to=none",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A small CNN that classifies the digit, the colour and the background of a picture of the demo world.
+"""A small CNN that reads the things and the background of a picture of the demo world.
 
 `accuracy` measures how many pictures show what their captions say, and `features` gives the features of the Frechet
 distance; `evaluate_lcm.py` takes them as --extra_metric and --feature_network. To train the classifier again:
@@ -10,52 +10,54 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-import digits
 import torch
+import world
 from torch import nn
 
 FEATURES = 64
-CLASSES = (10, 5, 2)  # digits, colours, backgrounds: the order of `digits.parse_caption`
 WEIGHTS = Path(__file__).parent / "classifier.safetensors"
 
 
 class Classifier(nn.Module):
-    """Four convolutions to 64 features, and one linear head for each of digit, colour and background."""
+    """Five convolutions to 64 features, then a logit for each thing and one for each background."""
 
-    def __init__(self, width: int = 32):
+    def __init__(self, width: int = 24):
         super().__init__()
+        widths = (3, width, 2 * width, 3 * width, 4 * width)
+        blocks = [
+            layer
+            for before, after in zip(widths[:-1], widths[1:], strict=True)
+            for layer in (nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.GELU())
+        ]
         self.body = nn.Sequential(
-            nn.Conv2d(3, width, 3, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-            nn.GroupNorm(8, 2 * width),
-            nn.GELU(),
-            nn.Conv2d(2 * width, 3 * width, 3, padding=1),
-            nn.GroupNorm(8, 3 * width),
-            nn.GELU(),
-            nn.Conv2d(3 * width, 2 * width, 3, stride=2, padding=1),
+            *blocks,
+            nn.Conv2d(4 * width, 4 * width, 3, padding=1),
             nn.GELU(),
             nn.Flatten(),
             nn.Dropout(0.3),
-            nn.Linear(2 * width * 16, FEATURES),
+            nn.Linear(4 * width * 16, FEATURES),
             nn.GELU(),
         )
-        self.heads = nn.ModuleList(nn.Linear(FEATURES, classes) for classes in CLASSES)
+        self.things = nn.Linear(FEATURES, len(world.THINGS))
+        self.background = nn.Linear(FEATURES, len(world.BACKGROUNDS))
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the penultimate features (B, 64), float32, of pictures (B, 3, 32, 32) in [-1, 1]."""
+        """Return the penultimate features (B, 64), float32, of pictures (B, 3, 64, 64) in [-1, 1]."""
         return self.body(pixels)
 
-    def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """Return the logits of digit (B, 10), colour (B, 5) and background (B, 2)."""
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits of the things (B, 12), each for itself, and of the backgrounds (B, 6)."""
         features = self.features(pixels)
-        return [head(features) for head in self.heads]
+        return self.things(features), self.background(features)
 
     @torch.no_grad()
     def read(self, images: torch.Tensor) -> torch.Tensor:
-        """Return (N, 3) int64: the predicted digit, colour and background index of uint8 pictures (N, 3, 32, 32)."""
-        chunks = (images.float() / 127.5 - 1).split(500)
-        return torch.cat([torch.stack([logits.argmax(1) for logits in self(chunk)], dim=1) for chunk in chunks])
+        """Return the labels that are read in uint8 pictures (N, 3, 64, 64), as `world.labels` has them, (N, 13)."""
+        read = []
+        for chunk in (images.float() / 127.5 - 1).split(500):
+            things, background = self(chunk)
+            read.append(torch.cat([(things > 0).long(), background.argmax(1, keepdim=True)], dim=1))
+        return torch.cat(read)
 
 
 @functools.cache
@@ -69,20 +71,21 @@ def load_classifier(path: Path = WEIGHTS) -> Classifier:
 
 
 def features(images: torch.Tensor) -> torch.Tensor:
-    """Return the classifier's features (N, 64) of uint8 pictures (N, 3, 32, 32)."""
+    """Return the classifier's features (N, 64) of uint8 pictures (N, 3, 64, 64)."""
     return load_classifier().features(images.float() / 127.5 - 1)
 
 
 def accuracy(images: torch.Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """Return the shares in [0, 1] of uint8 pictures (N, 3, 32, 32) that show the digit, the colour, and everything in
+    """Return the shares in [0, 1] of uint8 pictures (N, 3, 64, 64) that show the things, the background, and both of
     their caption.
 
-    The last is stricter than the first two: digit, colour and background are right in the same picture.
+    The things are right if those of the caption, and no others, are read in the picture.
     """
-    expected = torch.tensor([digits.parse_caption(text) for text in captions])
+    expected = torch.tensor([world.labels(*world.parse_caption(text)) for text in captions])
     right = load_classifier().read(images) == expected
+    things, background = right[:, :-1].all(1), right[:, -1]
     return {
-        "digit": right[:, 0].double().mean().item(),
-        "colour": right[:, 1].double().mean().item(),
-        "all right": right.all(1).double().mean().item(),
+        "things": things.double().mean().item(),
+        "background": background.double().mean().item(),
+        "all right": (things & background).double().mean().item(),
     }
