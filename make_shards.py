@@ -10,7 +10,6 @@ missing. Several processes, as `accelerate config` has them, share the shards.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -110,13 +109,13 @@ def make_shards(args: Options) -> None:
     from accelerate import PartialState
     from tqdm.auto import tqdm
 
-    from lcm.data.writer import remove_unfinished, write_shard
+    from lcm.data.writer import brace_range, check_record, remove_unfinished, write_shard
     from lcm.evaluation.candidates import load_teacher
     from lcm.pictures.samplers import make_scheduler
 
     state = PartialState()
     if state.is_main_process:
-        check_folder(args)
+        check_record(args, RECORD, record(args), MAY_CHANGE)
         remove_unfinished(args.output_dir)
     state.wait_for_everyone()
     shards = [range(first, min(first + args.shard_size, args.num_images))
@@ -136,32 +135,15 @@ def make_shards(args: Options) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         size = sum(map(os.path.getsize, paths)) / 1e6
-        last = f"{{00000..{len(shards) - 1:05d}}}" if len(shards) > 1 else "00000"
         print(f"\n{args.num_images} pictures, {size:.1f} MB. Train with:\n"
-              f'--train_shards_path_or_url="{os.path.join(args.output_dir, last)}.tar"')  # fmt: skip
+              f'--train_shards_path_or_url="{brace_range(args.output_dir, len(shards))}"')  # fmt: skip
     state.destroy_process_group()
 
 
-def check_folder(args: Options) -> None:
-    """Make the output folder with its record. Raises UserError if shards in it were drawn with other options."""
-    path = os.path.join(args.output_dir, RECORD)
+def record(args: Options) -> dict[str, Any]:
+    """What the folder says of its shards."""
     digest = hashlib.sha256("\n".join(args.prompts).encode()).hexdigest()
-    options = {**public_options(args), "prompts": f"{len(args.prompts)}, SHA-256 {digest}"}
-    try:
-        os.makedirs(args.output_dir, exist_ok=True)
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                before = json.load(file)
-            for name, value in options.items():
-                if name not in MAY_CHANGE and before.get(name) != value:
-                    raise UserError(
-                        f"--{name}: {value!r} given, but the shards in {args.output_dir!r} were drawn with "
-                        f"{before.get(name)!r}; allowed: the same, or another --output_dir"
-                    )
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(options, file, indent=1, ensure_ascii=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--output_dir: {first_line(error)}") from error
+    return {**public_options(args), "prompts": f"{len(args.prompts)}, SHA-256 {digest}"}
 
 
 def samples(

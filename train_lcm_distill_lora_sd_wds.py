@@ -69,7 +69,7 @@ def train(args):
     # The teacher's parts, the networks, and all that is around the loop.
     accelerator, plan = start(args)
     device = accelerator.device
-    family = StableDiffusion(args, accelerator)
+    family = StableDiffusion(args, accelerator, plan.cache)
     schedule = family.noise_schedule
     solver = DDIMSolver(
         schedule.alphas_cumprod.to(device),

@@ -70,7 +70,7 @@ def train(args):
     # The teacher's parts, the networks, and all that is around the loop.
     accelerator, plan = start(args)
     device = accelerator.device
-    family = SDXL(args, accelerator)
+    family = SDXL(args, accelerator, plan.cache)
     schedule = family.noise_schedule
     solver = DDIMSolver(
         schedule.alphas_cumprod.to(device),

@@ -14,7 +14,7 @@ OWN = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__i
 
 # What each room may import besides itself. Rooms and modules that stand in no line are in no other line either.
 BASE = {"lcm", "lcm.errors", "lcm.secrets", "lcm.storage"}
-OPTIONS = BASE | {"lcm.options"}
+OPTIONS = BASE | {"lcm.options", "lcm.cache"}
 MADE_OF = OPTIONS | {"lcm.data", "lcm.models", "lcm_common"}
 DRAWN = MADE_OF | {"lcm.pictures"}
 RUN = DRAWN | {"lcm.results", "lcm.run"}
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     **{name: set() for name in ("lcm_common", "lcm", "lcm.secrets", "lcm.storage")},
     "lcm.errors": {"lcm.secrets"},
     "lcm.options": BASE,
+    "lcm.cache": BASE,
     "lcm.data": OPTIONS,
     "lcm.models": MADE_OF - {"lcm.data"},
     "lcm.pictures": MADE_OF,
@@ -29,8 +30,9 @@ MAY_IMPORT = {
     "lcm.results": DRAWN,
     "lcm.run": RUN,
     "lcm.session": RUN,
+    "lcm.precompute": MADE_OF,
     "lcm.simulation": RUN | {"lcm.session"},
-    "command": RUN | {"lcm.session", "lcm.evaluation", "lcm.simulation"},
+    "command": RUN | {"lcm.session", "lcm.precompute", "lcm.evaluation", "lcm.simulation"},
 }
 STANDARD_LIBRARY_ONLY = {*BASE, "lcm.options"}
 

@@ -91,8 +91,8 @@ def test_options_of_the_training_scripts_are_documented():
 
 @pytest.mark.parametrize("script", SINGLE)
 def test_options_of_other_scripts_are_documented(script):
-    """The same for each other script; the options that load a teacher are documented once."""
-    assert documented(f"{script}.py") == options_of(parser_of(script), without=["models"])
+    """The same for each other script; the options of the teacher and of the data are documented once."""
+    assert documented(f"{script}.py") == options_of(parser_of(script), without=["models", "data"])
 
 
 def test_groups_are_documented_in_the_order_of_help():

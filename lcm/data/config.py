@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from lcm.cache import Origin, sample_bytes
 from lcm.options.plan import Plan
 from lcm.options.types import Options
 
@@ -28,6 +29,7 @@ class DataConfig:
     shuffle_buffer_size: int = 1000  # samples a block
     shuffle_buffer_mb: float = 512.0  # 10^6 bytes, after which a block ends early
     shard_timeout: float = 300.0  # seconds without a byte
+    origin: Origin | None = None  # what made the samples, if they are cached
     num_workers: int = 0
     rank: int = 0
     num_processes: int = 1
@@ -43,7 +45,9 @@ class DataConfig:
     @property
     def max_bytes(self) -> float:
         """Most bytes that the streams of a process use: blocks of encoded samples, and prepared batches."""
-        batch = 3 * self.resolution**2 * self.batch_size
+        batch = (
+            sample_bytes(self.origin) * self.batch_size if self.origin else 3 * self.resolution**2 * self.batch_size
+        )
         ahead = 1 + BATCHES_AHEAD * (self.num_workers > 0)
         return self.streams_per_process * (self.shuffle_buffer_mb * 1e6 + ahead * batch)
 
@@ -53,6 +57,7 @@ def data_config(args: Options, plan: Plan, rank: int) -> DataConfig:
     names = DataConfig.__dataclass_fields__.keys() & vars(args).keys() - {"seed"}
     return DataConfig(
         shards=plan.shards,
+        origin=plan.cache.origin if plan.cache else None,
         seed=plan.seed,
         batch_size=args.train_batch_size,
         num_workers=args.dataloader_num_workers,

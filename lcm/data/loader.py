@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from lcm.data.commands import end_children
 from lcm.data.config import BATCHES_AHEAD, DataConfig
 from lcm.data.order import ORDER_VERSION, Part, Position, shard_parts
+from lcm.data.samples import FOR_DEVICE
 from lcm.data.shards import Problem
 from lcm.data.stream import Item, Stream
 from lcm.data.tally import Tally, describe
@@ -72,7 +73,8 @@ class TrainingData:
     """An endless iterator over the batches of one process; `state_dict` holds its position and its tally.
 
     A batch is a dict: `pixels` (B, 3, H, W) float32 in [-1, 1] on `device`, `captions` a list of B strings,
-    `original_sizes` (height, width) and `crops` (top, left), both (B, 2) int64 pixels.
+    `original_sizes` (height, width) and `crops` (top, left), both (B, 2) int64 pixels. If the samples are cached it
+    has `moments` (B, 2C, h, w) in place of `pixels`, the embeddings of the captions, and `is_empty` (B,).
     Raises UserError after a complete pass over the shards without a usable sample.
     """
 
@@ -209,5 +211,9 @@ class TrainingData:
                         "--caption_key in its JSON), and must pass the filters"
                     )
                 continue
-            pixels = item.batch["pixels"].to(self.device, non_blocking=True)
-            yield {**item.batch, "pixels": pixels.float() / 127.5 - 1}
+            batch = dict(item.batch)
+            for name in FOR_DEVICE & batch.keys():
+                batch[name] = batch[name].to(self.device, non_blocking=True)
+            if "pixels" in batch:
+                batch["pixels"] = batch["pixels"].float() / 127.5 - 1
+            yield batch

@@ -41,20 +41,51 @@ def open_image(data: bytes) -> Image.Image:
         raise Unusable("picture unreadable", str(error) or type(error).__name__) from None
 
 
+def resize(image: Image.Image, config: DataConfig) -> Image.Image:
+    """Resize the shorter side to the resolution."""
+    shorter = min(image.size)
+    size = tuple(int(config.resolution * side / shorter) for side in image.size)  # as in torchvision's `resize`
+    return (
+        image
+        if size == image.size
+        else image.resize(size, Image.Resampling[INTERPOLATIONS[config.interpolation_type]])
+    )
+
+
+def crop_place(image: Image.Image, config: DataConfig, rng: np.random.Generator) -> tuple[int, int]:
+    """(left, top) of a square crop."""
+    right, bottom = image.width - config.resolution, image.height - config.resolution
+    if config.center_crop:
+        return right // 2, bottom // 2
+    return int(rng.integers(right + 1)), int(rng.integers(bottom + 1))
+
+
+def crop(
+    image: Image.Image, left: int, top: int, resolution: int, is_mirrored: bool
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """A square of a picture, mirrored or not: (3, H, W) uint8, and (top, left) in pixels of the mirrored picture."""
+    square = image.crop((left, top, left + resolution, top + resolution))
+    if is_mirrored:
+        square, left = ImageOps.mirror(square), image.width - resolution - left
+    return np.asarray(square).transpose(2, 0, 1), (top, left)
+
+
 def transform(image: Image.Image, config: DataConfig, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, int]]:
     """Resize the shorter side to the resolution, crop a square, mirror it or not.
 
     Returns ((3, H, W) uint8 array, (crop top, crop left)), the crop in pixels of the resized and mirrored picture.
     """
-    resolution, shorter = config.resolution, min(image.size)
-    width, height = (int(resolution * side / shorter) for side in image.size)  # rounded as in torchvision's `resize`
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling[INTERPOLATIONS[config.interpolation_type]])
-    if config.center_crop:
-        left, top = (width - resolution) // 2, (height - resolution) // 2
-    else:
-        left, top = int(rng.integers(width - resolution + 1)), int(rng.integers(height - resolution + 1))
-    image = image.crop((left, top, left + resolution, top + resolution))
-    if config.random_flip and rng.random() < 0.5:
-        image, left = ImageOps.mirror(image), width - resolution - left
-    return np.asarray(image).transpose(2, 0, 1), (top, left)
+    image = resize(image, config)
+    left, top = crop_place(image, config, rng)
+    is_mirrored = config.random_flip and bool(rng.random() < 0.5)
+    return crop(image, left, top, config.resolution, is_mirrored)
+
+
+def all_crops(
+    image: Image.Image, config: DataConfig, rng: np.random.Generator, count: int
+) -> list[tuple[np.ndarray, tuple[int, int]]]:
+    """`count` crops as `transform` makes them, each also mirrored if pictures are to be mirrored at random."""
+    image = resize(image, config)
+    places = [crop_place(image, config, rng) for _ in range(count)]
+    mirrored = (False, True) if config.random_flip else (False,)
+    return [crop(image, *place, config.resolution, mirror) for place in places for mirror in mirrored]

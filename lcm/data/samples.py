@@ -4,15 +4,20 @@ A sample that cannot be used raises `Unusable`, and is counted.
 """
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
+from lcm.cache import EMBEDDING, SUFFIX, unpack_sample
 from lcm.data.config import DataConfig
 from lcm.data.pictures import Unusable, open_image, transform
 from lcm.data.shards import Sample, TooLarge
 from lcm.options.choices import CAPTION_SUFFIXES, PICTURE_FORMATS
+
+FOR_DEVICE = {"pixels", "moments", "is_empty", *EMBEDDING}  # the tensors of a batch that the device needs
 
 
 def read_caption(sample: Sample, info: dict[str, Any], caption_key: str, rng: np.random.Generator) -> str:
@@ -59,12 +64,34 @@ def json_number(info: dict[str, Any], key: str) -> int | float:
     return value
 
 
-def decode_sample(sample: Sample, config: DataConfig, rng: np.random.Generator) -> dict[str, Any]:
-    """Turn the bytes of a sample into one row of a batch. Raises Unusable.
+def check_watermark(sample: Sample, info: dict[str, Any], config: DataConfig) -> bool:
+    """Whether a sample passes the watermark filter only because its JSON has no `pwatermark`. Raises Unusable."""
+    is_scored = info.get("pwatermark") is not None
+    if is_scored and config.max_watermark_probability is not None:
+        probability = json_number(info, "pwatermark")
+        if probability > config.max_watermark_probability:
+            raise Unusable("watermark too probable", f"{probability:.2f}")
+    return sample.get("json") is not None and not is_scored and config.max_watermark_probability is not None
 
-    Returns a dict: `pixels` (3, H, W) uint8, `caption` str, `original_size` (height, width) and `crop` (top, left) in
-    pixels, and `unscored`: whether it passed the watermark filter only because its JSON has no `pwatermark`.
-    """
+
+def check_size(width: float, height: float, config: DataConfig) -> None:
+    """Raise Unusable for a picture that is too small."""
+    if min(width, height) < config.min_image_size:
+        raise Unusable("smaller than --min_image_size", f"{width} x {height}")
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A picture that has passed the filters."""
+
+    image: Image.Image
+    caption: str
+    original_size: tuple[int, int]  # height, width
+    unscored: bool  # passed the watermark filter only because its JSON has no `pwatermark`
+
+
+def read_sample(sample: Sample, config: DataConfig, rng: np.random.Generator) -> Captioned:
+    """The picture and the caption in the bytes of a sample. Raises Unusable."""
     for name, data in sample.items():
         if isinstance(data, TooLarge):
             raise Unusable("member too large", f".{name} has {data.size} bytes")
@@ -74,35 +101,70 @@ def decode_sample(sample: Sample, config: DataConfig, rng: np.random.Generator) 
         raise Unusable("no picture", f"there is {found}, but no .{', .'.join(PICTURE_FORMATS)}")
     info = read_json(sample)
     caption = read_caption(sample, info, config.caption_key, rng)
-    is_scored = info.get("pwatermark") is not None
-    if is_scored and config.max_watermark_probability is not None:
-        probability = json_number(info, "pwatermark")
-        if probability > config.max_watermark_probability:
-            raise Unusable("watermark too probable", f"{probability:.2f}")
+    unscored = check_watermark(sample, info, config)
     image = open_image(sample[suffix])
     width = json_number(info, config.width_key) if config.width_key else image.width
     height = json_number(info, config.height_key) if config.height_key else image.height
-    if min(width, height) < config.min_image_size:
-        raise Unusable("smaller than --min_image_size", f"{width} x {height}")
-    if rng.random() < config.proportion_empty_prompts:
-        caption = ""
-    pixels, crop = transform(image, config, rng)
-    unscored = sample.get("json") is not None and not is_scored and config.max_watermark_probability is not None
+    check_size(width, height, config)
+    return Captioned(image, caption, (int(height), int(width)), unscored)
+
+
+def decode_sample(sample: Sample, config: DataConfig, rng: np.random.Generator) -> dict[str, Any]:
+    """Turn the bytes of a sample into one row of a batch. Raises Unusable.
+
+    Returns a dict: `pixels` (3, H, W) uint8, `caption` str, `original_size` (height, width) and `crop` (top, left) in
+    pixels, and `unscored`: whether it passed the watermark filter only because its JSON has no `pwatermark`.
+    """
+    if config.origin is not None:
+        return decode_cached(sample, config, rng)
+    read = read_sample(sample, config, rng)
+    caption = "" if rng.random() < config.proportion_empty_prompts else read.caption
+    pixels, crop = transform(read.image, config, rng)
+    about = {"caption": caption, "original_size": read.original_size, "crop": crop, "unscored": read.unscored}
+    return {"pixels": pixels, **about}
+
+
+def decode_cached(sample: Sample, config: DataConfig, rng: np.random.Generator) -> dict[str, Any]:
+    """As `decode_sample`, for a cached sample, of which one crop is picked. Raises Unusable.
+
+    Instead of `pixels` the row has `moments` (2C, h, w), the embedding (`hidden_states` and for SDXL `pooled`), and
+    `is_empty`: whether the caption is to be replaced by the empty one.
+    """
+    data, info = sample.get(SUFFIX), read_json(sample)
+    if not isinstance(data, bytes):
+        raise Unusable("not cached", f"there is no .{SUFFIX}, unlike in the first shard")
+    try:
+        assert config.origin is not None
+        tensors = unpack_sample(data, config.origin)
+    except ValueError as error:
+        raise Unusable("cached sample unreadable, or of another origin", str(error)) from None
+    caption = read_caption(sample, info, config.caption_key, rng)
+    unscored = check_watermark(sample, info, config)
+    height, width = tensors["original_size"].tolist()
+    check_size(width, height, config)
+    is_empty = bool(rng.random() < config.proportion_empty_prompts)
+    moments = tensors.pop("moments")
+    number = int(rng.integers(len(moments))) if len(moments) > 1 else 0
     return {
-        "pixels": pixels,
-        "caption": caption,
-        "original_size": (int(height), int(width)),
-        "crop": crop,
+        "moments": moments[number],
+        **{name: tensors[name] for name in EMBEDDING if name in tensors},
+        "is_empty": torch.tensor(is_empty),
+        "caption": "" if is_empty else caption,
+        "original_size": (height, width),
+        "crop": tuple(tensors["crops"][number].tolist()),
         "unscored": unscored,
     }
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join B rows of `decode_sample` into a batch: `pixels` (B, 3, H, W) uint8, `captions` a list of B strings,
-    `original_sizes` and `crops` (B, 2) int64."""
-    return {
-        "pixels": torch.from_numpy(np.stack([row["pixels"] for row in rows])),
+    """Join B rows of `decode_sample` into a batch: `pixels` (B, 3, H, W) uint8 or what is cached in their place,
+    `captions` a list of B strings, `original_sizes` and `crops` (B, 2) int64."""
+    batch = {
         "captions": [row["caption"] for row in rows],
         "original_sizes": torch.tensor([row["original_size"] for row in rows]),
         "crops": torch.tensor([row["crop"] for row in rows]),
     }
+    if "pixels" in rows[0]:
+        return {"pixels": torch.from_numpy(np.stack([row["pixels"] for row in rows])), **batch}
+    names = [name for name, value in rows[0].items() if isinstance(value, torch.Tensor)]
+    return {**{name: torch.stack([row[name] for row in rows]) for name in names}, **batch}

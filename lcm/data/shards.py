@@ -1,7 +1,7 @@
 """From the address of a shard to samples as bytes, in the order of its tar members.
 
-Nothing is ever unpickled: only pictures, captions and JSON are read. Nothing is skipped silently: each sample, or rest
-of a shard, that cannot be used becomes a `Problem`.
+Nothing is ever unpickled: only pictures, captions, JSON and safetensors are read. Nothing is skipped silently: each
+sample, or rest of a shard, that cannot be used becomes a `Problem`.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Self
 import braceexpand
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
+from lcm.cache import EMPTY_SUFFIX, SUFFIX, Cache, as_cache
 from lcm.data.commands import open_url
 from lcm.data.http import HttpFile
 from lcm.errors import UserError
@@ -75,9 +76,9 @@ class TooLarge:
 
 
 def max_size(name: str) -> int:
-    """The most bytes that are read of a member; 0 for a member that is neither picture, caption nor JSON."""
+    """The most bytes that are read of a member; 0 for a member that is neither picture, caption, JSON nor cached."""
     suffix = (base_plus_ext(name)[1] or "").lower()
-    if suffix in PICTURE_FORMATS:
+    if suffix in PICTURE_FORMATS or suffix in (SUFFIX, EMPTY_SUFFIX):
         return MAX_PICTURE_BYTES
     return MAX_TEXT_BYTES if suffix in (*CAPTION_SUFFIXES, "json") else 0
 
@@ -170,3 +171,13 @@ def read_shard(url: str, timeout: float = 300.0) -> Iterator[Sample | Problem]:
     except ShardUnreadable as error:
         problems.append(Problem("shard unreadable or cut short", f"{url}: {error}"))
     yield from problems
+
+
+def find_cache(shards: Iterable[str], timeout: float) -> Cache | None:
+    """What cached shards have in common, from the first that has a readable sample; None if that one is not cached."""
+    for url in shards:
+        with contextlib.closing(read_shard(url, timeout)) as samples:
+            first = next((sample for sample in samples if isinstance(sample, dict)), None)
+        if first is not None:
+            return as_cache(first)
+    return None

@@ -16,7 +16,7 @@ import numpy as np
 from lcm.data.config import DataConfig
 from lcm.data.order import Part, Position, shard_order
 from lcm.data.pictures import Unusable
-from lcm.data.samples import collate, decode_sample
+from lcm.data.samples import FOR_DEVICE, collate, decode_sample
 from lcm.data.shards import Problem, Sample, read_shard
 from lcm.data.tally import Tally
 
@@ -35,8 +35,8 @@ class Item:
 
     def pin_memory(self) -> Self:
         """Called by the DataLoader, which does not look into a class that it does not know."""
-        if self.batch:
-            self.batch["pixels"] = self.batch["pixels"].pin_memory()
+        for name in FOR_DEVICE & (self.batch or {}).keys():
+            self.batch[name] = self.batch[name].pin_memory()  # type: ignore[index]
         return self
 
 

@@ -1,5 +1,6 @@
 """Parts of a pretrained model, from a folder or the Hub; any failure to load them becomes a UserError."""
 
+import json
 from argparse import Namespace
 from typing import Any
 
@@ -7,6 +8,7 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from packaging import version
+from transformers.utils import cached_file
 
 from lcm.errors import UserError, first_line
 
@@ -73,3 +75,29 @@ def load_config(loader: Any, args: Namespace, subfolder: str | None = None) -> d
     if not isinstance(config, dict):
         raise UserError(f"{TEACHER}: cannot load {where}: its JSON is a {type(config).__name__}, not an object")
     return config
+
+
+def weight_files(args: Namespace, subfolder: str | None, path: str | None = None) -> list[str]:
+    """The local files with the weights of one part of the teacher, or of the VAE at `path`; those of a model on the
+    Hub are downloaded. Raises UserError if there are none."""
+    source, revision = path or args.pretrained_teacher_model, None if path else args.teacher_revision or args.revision
+    place = {"subfolder": subfolder or "", "cache_dir": args.cache_dir, "revision": revision}
+
+    def find(name: str) -> str | None:
+        return cached_file(source, name, **place, _raise_exceptions_for_missing_entries=False)
+
+    option = "--pretrained_vae_model_name_or_path" if path else TEACHER
+    try:
+        for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
+            for suffix in (".safetensors", ".bin"):
+                whole = find(stem + suffix)
+                if whole is not None:
+                    return [whole]
+                index = find(f"{stem}{suffix}.index.json")
+                if index is not None:
+                    with open(index, encoding="utf-8") as file:
+                        names = sorted(set(json.load(file)["weight_map"].values()))
+                    return [found for found in map(find, names) if found is not None]
+    except Exception as error:
+        raise UserError(f"{option}: cannot read the weights in {source!r}: {first_line(error)}") from error
+    raise UserError(f"{option}: {source!r}, part {subfolder!r}, has no weights")

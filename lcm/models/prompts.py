@@ -4,8 +4,10 @@ A conditioning is a dict of U-Net keyword arguments, so that a training loop nee
 `encoder_hidden_states` (B, tokens, D), and for SDXL `added_cond_kwargs` = {"text_embeds": (B, P), "time_ids": (B, 6)}.
 """
 
+import contextlib
+from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
@@ -13,11 +15,14 @@ import torch
 import transformers
 from accelerate import Accelerator
 
+from lcm.cache import EMBEDDING, Cache
 from lcm.errors import UserError
 from lcm.models.loading import TEACHER, load_config, load_part, weight_dtype
+from lcm.options.types import Options
 from lcm_common import apply_guidance
 
 Conditioning = dict[str, Any]  # U-Net keyword arguments
+Embedding = tuple[torch.Tensor, ...]
 
 # Entries of the config of a U-Net without class labels and without projected hidden states.
 NO_OTHER_INPUTS = {"class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim_type": None}
@@ -62,64 +67,140 @@ def tokenize(tokenizer: transformers.CLIPTokenizer, captions: list[str]) -> tran
     return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
 
-class PromptEncoder:
-    """Captions to U-Net keyword arguments, with the one CLIP text encoder of SD 1.x and 2.x.
+class Prompts(ABC):
+    """Captions to U-Net keyword arguments; one class for each family of models.
 
-    `components` has the keyword arguments of `StableDiffusionPipeline` for the encoder.
+    `components` has the keyword arguments of the family's pipeline for tokenizers and text encoders. With a `cache`,
+    samples bring their embeddings along, and the encoders are only there within `loaded`. An embedding is a tuple:
+    hidden states (B, tokens, D), and for SDXL the pooled output (B, P).
     """
 
-    layout = "Stable Diffusion 1.x or 2.x"
+    layout: str  # the models that it is for
+    parts: tuple[str, ...]  # folders of the text encoders
 
-    def __init__(self, args: Namespace, accelerator: Accelerator):
-        self.tokenizer = load_tokenizer(args, "tokenizer")
-        loader = transformers.CLIPTextModel
-        self.text_encoder = load_text_encoder(loader, args, accelerator, "text_encoder", self.tokenizer)
-        self.components = {
-            "tokenizer": self.tokenizer,
-            "text_encoder": self.text_encoder,
-            "safety_checker": None,
-            "feature_extractor": None,
-            "requires_safety_checker": False,
-        }
-        self.unconditional = self.encode([args.teacher_negative_prompt or ""]) if args.w_max > 0 else None
+    def __init__(self, args: Options, accelerator: Accelerator, cache: Cache | None = None):
+        self.args, self.accelerator, self.cache = args, accelerator, cache
+        self.components: dict[str, Any] = {} if cache else self.load()
+        self.unconditional = self.embed_unconditional() if args.w_max > 0 else None
 
+    @abstractmethod
+    def load(self) -> dict[str, Any]:
+        """The components, on the device."""
+
+    @abstractmethod
+    def encode(self, captions: list[str]) -> Embedding:
+        """The embedding of B strings, as in the family's pipeline. Only within `loaded`."""
+
+    @abstractmethod
     def unet_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The entries that a U-Net's `config` must have to take this conditioning."""
-        return {
-            **NO_OTHER_INPUTS,
-            "addition_embed_type": None,
-            "cross_attention_dim": self.text_encoder.config.hidden_size,
-        }
 
-    @torch.no_grad()
-    def encode(self, captions: list[str]) -> torch.Tensor:
-        """Hidden states (B, tokens, D) of B strings, as in `StableDiffusionPipeline.encode_prompt`."""
-        inputs, device = tokenize(self.tokenizer, captions), self.text_encoder.device
-        uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
-        mask = send(inputs.attention_mask, device) if uses_mask else None
-        return self.text_encoder(send(inputs.input_ids, device), attention_mask=mask)[0]
+    def time_ids(self, batch: dict[str, Any]) -> torch.Tensor | None:
+        """What the U-Net is told of sizes and crops; None if it does not ask."""
+        return None
+
+    @abstractmethod
+    def conditioning(self, embedding: Embedding, time_ids: torch.Tensor | None) -> Conditioning:
+        """The U-Net's keyword arguments."""
+
+    @contextlib.contextmanager
+    def loaded(self) -> Iterator[None]:
+        """Within it, `components` are there. With a cache, they are loaded for it, and freed after it."""
+        if self.components:
+            yield
+            return
+        self.components = self.load()
+        try:
+            yield
+        finally:
+            self.components = {}
+
+    def encoders(self) -> list[torch.nn.Module]:
+        """The text encoders that are loaded."""
+        return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+
+    def embed_unconditional(self) -> Embedding:
+        """The embedding, for one sample, of what guidance leads away from."""
+        prompt = self.args.teacher_negative_prompt
+        if self.cache and prompt is None:
+            return tuple(part[None].to(self.accelerator.device, self.dtype) for part in self.cache.empty)
+        with self.loaded():
+            return self.encode([prompt or ""])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of embeddings."""
+        return weight_dtype(self.accelerator)
+
+    def embed(self, batch: dict[str, Any]) -> Embedding:
+        """The embedding of a batch's captions: encoded now, or as it was cached."""
+        if self.cache is None:
+            return self.encode(batch["captions"])
+        device, is_empty = self.accelerator.device, batch["is_empty"]
+        return tuple(
+            torch.where(is_empty.view(-1, *[1] * empty.ndim), empty.to(device), batch[name]).to(self.dtype)
+            for name, empty in zip(EMBEDDING, self.cache.empty, strict=False)
+        )
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Conditioning, Conditioning | None]:
         """(cond, uncond) for a batch of B samples: two dicts of U-Net keyword arguments.
 
-        `uncond` is for what guidance leads away from; None if `--w_max` is 0, so that nothing is guided.
+        `uncond` is for what guidance leads away from; None if `--w_max` is 0, so that nothing is guided. Both have the
+        same time_ids, as in `StableDiffusionXLPipeline`.
         """
-        cond = {"encoder_hidden_states": self.encode(batch["captions"])}
+        embedding, time_ids = self.embed(batch), self.time_ids(batch)
+        cond = self.conditioning(embedding, time_ids)
         if self.unconditional is None:
             return cond, None
-        return cond, {"encoder_hidden_states": self.unconditional.expand_as(cond["encoder_hidden_states"])}
+        expanded = tuple(part.expand_as(whole) for part, whole in zip(self.unconditional, embedding, strict=True))
+        return cond, self.conditioning(expanded, time_ids)
 
 
-class SDXLPromptEncoder:
-    """Captions, sizes and crops to U-Net keyword arguments, with the two CLIP text encoders of SDXL.
+class PromptEncoder(Prompts):
+    """Prompts with the one CLIP text encoder of SD 1.x and 2.x."""
 
-    `components` has the keyword arguments of `StableDiffusionXLPipeline` for the encoders. Raises UserError for SDXL's
-    refiner, which has one encoder and takes an aesthetic score, and for models that are not SDXL.
+    layout = "Stable Diffusion 1.x or 2.x"
+    parts = ("text_encoder",)
+
+    def load(self) -> dict[str, Any]:
+        tokenizer = load_tokenizer(self.args, "tokenizer")
+        loader = transformers.CLIPTextModel
+        return {
+            "tokenizer": tokenizer,
+            "text_encoder": load_text_encoder(loader, self.args, self.accelerator, "text_encoder", tokenizer),
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
+
+    def unet_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        width = self.cache.empty[0].shape[-1] if self.cache else self.components["text_encoder"].config.hidden_size
+        return {**NO_OTHER_INPUTS, "addition_embed_type": None, "cross_attention_dim": width}
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> Embedding:
+        """Hidden states (B, tokens, D) of B strings, as in `StableDiffusionPipeline.encode_prompt`."""
+        text_encoder, device = self.components["text_encoder"], self.accelerator.device
+        inputs = tokenize(self.components["tokenizer"], captions)
+        uses_mask = getattr(text_encoder.config, "use_attention_mask", False)
+        mask = send(inputs.attention_mask, device) if uses_mask else None
+        return (text_encoder(send(inputs.input_ids, device), attention_mask=mask)[0],)
+
+    def conditioning(self, embedding: Embedding, time_ids: torch.Tensor | None) -> Conditioning:
+        return {"encoder_hidden_states": embedding[0]}
+
+
+class SDXLPromptEncoder(Prompts):
+    """Prompts, sizes and crops with the two CLIP text encoders of SDXL.
+
+    Raises UserError for SDXL's refiner, which has one encoder and takes an aesthetic score, and for models that are
+    not SDXL.
     """
 
     layout = "SDXL (base)"
+    parts = ("text_encoder", "text_encoder_2")
 
-    def __init__(self, args: Namespace, accelerator: Accelerator):
+    def __init__(self, args: Options, accelerator: Accelerator, cache: Cache | None = None):
         index = load_config(diffusers.DiffusionPipeline, args)
         has_first_encoder = index.get("text_encoder") not in (None, [None, None])
         if index.get("requires_aesthetics_score") or not has_first_encoder:
@@ -132,79 +213,72 @@ class SDXLPromptEncoder:
                 f"{TEACHER}: {args.pretrained_teacher_model!r} has one text encoder; allowed here: models in the "
                 "layout of SDXL, with two (for Stable Diffusion, use train_lcm_distill_sd_wds.py or its LoRA version)"
             )
-        self.resolution, self.use_fix_crop_and_size = args.resolution, args.use_fix_crop_and_size
-        self.tokenizers = [load_tokenizer(args, "tokenizer"), load_tokenizer(args, "tokenizer_2")]
-        self.text_encoders = [
-            load_text_encoder(loader, args, accelerator, subfolder, tokenizer)
-            for loader, subfolder, tokenizer in (
-                (transformers.CLIPTextModel, "text_encoder", self.tokenizers[0]),
-                (transformers.CLIPTextModelWithProjection, "text_encoder_2", self.tokenizers[1]),
-            )
-        ]
-        self.components = {
-            "tokenizer": self.tokenizers[0],
-            "tokenizer_2": self.tokenizers[1],
-            "text_encoder": self.text_encoders[0],
-            "text_encoder_2": self.text_encoders[1],
-            "force_zeros_for_empty_prompt": index.get("force_zeros_for_empty_prompt", True),
+        self.force_zeros = index.get("force_zeros_for_empty_prompt", True)
+        super().__init__(args, accelerator, cache)
+
+    def load(self) -> dict[str, Any]:
+        first, second = load_tokenizer(self.args, "tokenizer"), load_tokenizer(self.args, "tokenizer_2")
+        kinds, place = (
+            (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection),
+            (self.args, self.accelerator),
+        )
+        return {
+            "tokenizer": first,
+            "tokenizer_2": second,
+            "text_encoder": load_text_encoder(kinds[0], *place, "text_encoder", first),
+            "text_encoder_2": load_text_encoder(kinds[1], *place, "text_encoder_2", second),
+            "force_zeros_for_empty_prompt": self.force_zeros,
             "add_watermarker": False,
         }
-        self.unconditional = self.encode([args.teacher_negative_prompt or ""]) if args.w_max > 0 else None
-        force_zeros = self.components["force_zeros_for_empty_prompt"] and args.teacher_negative_prompt is None
-        if self.unconditional is not None and force_zeros:
-            states, pooled = self.unconditional
-            self.unconditional = torch.zeros_like(states), torch.zeros_like(pooled)
 
     def unet_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The entries that a U-Net's `config` must have to take this conditioning."""
-        pooled = self.text_encoders[1].config.projection_dim
+        if self.cache:
+            width, pooled = (part.shape[-1] for part in self.cache.empty)
+        else:
+            width = sum(encoder.config.hidden_size for encoder in self.encoders())
+            pooled = self.components["text_encoder_2"].config.projection_dim
         return {
             **NO_OTHER_INPUTS,
             "addition_embed_type": "text_time",
-            "cross_attention_dim": sum(encoder.config.hidden_size for encoder in self.text_encoders),
+            "cross_attention_dim": width,
             "projection_class_embeddings_input_dim": pooled + 6 * (config["addition_time_embed_dim"] or 0),
         }
 
     @torch.no_grad()
-    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, captions: list[str]) -> Embedding:
         """The second to last hidden states of both encoders, concatenated (B, tokens, D1 + D2), and the pooled output
         of the second (B, P), as in `StableDiffusionXLPipeline.encode_prompt`."""
         outputs = [
             encoder(send(tokenize(tokenizer, captions).input_ids, encoder.device), output_hidden_states=True)
-            for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
+            for tokenizer, encoder in (
+                (self.components["tokenizer"], self.components["text_encoder"]),
+                (self.components["tokenizer_2"], self.components["text_encoder_2"]),
+            )
         ]
         return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1].text_embeds
+
+    def embed_unconditional(self) -> Embedding:
+        """The embedding, for one sample, of what guidance leads away from.
+
+        Without a `--teacher_negative_prompt` it is zeros if the teacher has `force_zeros_for_empty_prompt`.
+        """
+        embedding = super().embed_unconditional()
+        if self.force_zeros and self.args.teacher_negative_prompt is None:
+            return tuple(torch.zeros_like(part) for part in embedding)
+        return embedding
 
     def time_ids(self, batch: dict[str, Any]) -> torch.Tensor:
         """SDXL's micro-conditioning (B, 6) float32: original height and width, crop top and left, target height and
         width, in pixels. In 16 bits they would be rounded."""
         sizes, crops = batch["original_sizes"], batch["crops"]
-        target = torch.full_like(sizes, self.resolution)
-        if self.use_fix_crop_and_size:
+        target = torch.full_like(sizes, self.args.resolution)
+        if self.args.use_fix_crop_and_size:
             sizes, crops = target, torch.zeros_like(crops)
-        return send(torch.cat([sizes, crops, target], dim=1).float(), self.text_encoders[1].device)
+        return send(torch.cat([sizes, crops, target], dim=1).float(), self.accelerator.device)
 
-    def __call__(self, batch: dict[str, Any]) -> tuple[Conditioning, Conditioning | None]:
-        """(cond, uncond) for a batch of B samples: two dicts of U-Net keyword arguments.
-
-        Both have the same `time_ids`, as in `StableDiffusionXLPipeline`. Without a `--teacher_negative_prompt`, the
-        embeddings of `uncond` are zeros if the teacher has `force_zeros_for_empty_prompt`, else those of "". `uncond`
-        is None if `--w_max` is 0, so that nothing is guided.
-        """
-        (hidden_states, text_embeds), time_ids = self.encode(batch["captions"]), self.time_ids(batch)
-        cond = sdxl_conditioning(hidden_states, text_embeds, time_ids)
-        if self.unconditional is None:
-            return cond, None
-        states, pooled = self.unconditional
-        return cond, sdxl_conditioning(states.expand_as(hidden_states), pooled.expand_as(text_embeds), time_ids)
-
-
-def sdxl_conditioning(hidden_states: torch.Tensor, text_embeds: torch.Tensor, time_ids: torch.Tensor) -> Conditioning:
-    """The keyword arguments of SDXL's U-Net for (B, tokens, D), (B, P) and (B, 6)."""
-    return {
-        "encoder_hidden_states": hidden_states,
-        "added_cond_kwargs": {"text_embeds": text_embeds, "time_ids": time_ids},
-    }
+    def conditioning(self, embedding: Embedding, time_ids: torch.Tensor | None) -> Conditioning:
+        added = {"text_embeds": embedding[1], "time_ids": time_ids}
+        return {"encoder_hidden_states": embedding[0], "added_cond_kwargs": added}
 
 
 def join_conditioning(first: Conditioning, second: Conditioning) -> Conditioning:

@@ -31,12 +31,14 @@ def load_vae(args: Namespace, accelerator: Accelerator, dtype: torch.dtype) -> d
     return vae.requires_grad_(False).eval().to(accelerator.device)
 
 
-def encode_pixels(
-    vae: diffusers.AutoencoderKL, pixels: torch.Tensor, batch_size: int, generator: torch.Generator
-) -> torch.Tensor:
-    """z_0: a scaled sample of the VAE's posterior. `pixels` (B, 3, H, W) in [-1, 1]; returns (B, C, h, w) float32.
+def encode_pixels(vae: diffusers.AutoencoderKL, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The moments (B, 2C, h, w) of the VAE's posterior, mean and log-variance, of `pixels` (B, 3, H, W) in [-1, 1].
 
-    Encodes `batch_size` pictures at once. The noise is drawn once for all B, so it does not depend on `batch_size`.
+    Encodes `batch_size` pictures at once.
     """
-    moments = [vae.encode(part.to(vae.dtype)).latent_dist.parameters for part in pixels.split(batch_size)]
-    return DiagonalGaussianDistribution(torch.cat(moments)).sample(generator).float() * vae.config.scaling_factor
+    return torch.cat([vae.encode(part.to(vae.dtype)).latent_dist.parameters for part in pixels.split(batch_size)])
+
+
+def sample_latents(moments: torch.Tensor, scaling_factor: float, generator: torch.Generator) -> torch.Tensor:
+    """z_0: a scaled sample (B, C, h, w), float32, of the posterior with these moments."""
+    return DiagonalGaussianDistribution(moments).sample(generator).float() * scaling_factor

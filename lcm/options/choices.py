@@ -11,6 +11,8 @@ TARGETS = ("lcm", "phased", "trajectory")  # made by lcm_common.make_consistency
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # of a teacher; converted by lcm_common.predicted_origin
 PRECISIONS = ("no", "fp16", "bf16")  # those of accelerate that the scripts can train in
 
+CACHE_DTYPES = ("float16", "bfloat16", "float32")  # of what precompute_lcm.py stores
+
 # Optimizers: module and class. --use_8bit_adam picks the second.
 OPTIMIZERS = {
     "adamw": ("torch.optim", "AdamW"),

@@ -63,9 +63,8 @@ def add_output_options(parser: Parser) -> None:
              "weights cannot change.")
 
 
-def add_data_options(parser: Parser, resolution: int, max_watermark_probability: float | None = None) -> Group:
-    """Add the options of the data; returns their group, for options of SDXL."""
-    group = parser.add_argument_group("data")
+def add_shards_options(group: Group, resolution: int | None) -> None:
+    """Where pictures come from, and how they become squares."""
     add = group.add_argument
     add("--train_shards_path_or_url", action="append", required=True, metavar="SHARDS",
         help="WebDataset shards: paths, http(s):// or pipe: addresses, with {000..123} ranges and :: between several. "
@@ -79,8 +78,11 @@ def add_data_options(parser: Parser, resolution: int, max_watermark_probability:
         help="Crop the middle; otherwise the crop's place is random.")
     add("--random_flip", action="store_true",
         help="Mirror half of the pictures.")
-    add("--proportion_empty_prompts", type=number(0, 1), default=0, metavar="P",
-        help="Share of captions that are replaced by an empty one.")
+
+
+def add_sample_options(group: Group, max_watermark_probability: float | None) -> None:
+    """What is read of a sample's JSON, and which samples are skipped."""
+    add = group.add_argument
     add("--caption_key", type=text, default="caption", metavar="KEY",
         help="Key of the caption in a sample's JSON, used where there is no .txt, .text or .caption.")
     add("--width_key", type=text, metavar="KEY",
@@ -91,13 +93,28 @@ def add_data_options(parser: Parser, resolution: int, max_watermark_probability:
         help="Skip, and count, pictures whose shorter side is smaller.")
     add("--max_watermark_probability", type=number(0, 1), default=max_watermark_probability, metavar="P",
         help="Skip, and count, samples whose JSON gives a larger `pwatermark`. Those without are kept, and counted.")
+
+
+def add_timeout_option(group: Group) -> None:
+    add = group.add_argument
+    add("--shard_timeout", type=number(0, high=86400, above=0), default=300.0, metavar="SECONDS",
+        help="A shard's command without any output for so long is ended, and the shard counted as unreadable. An "
+             "http(s):// connection is retried sooner.")
+
+
+def add_data_options(parser: Parser, resolution: int, max_watermark_probability: float | None = None) -> Group:
+    """Add the options of the data; returns their group, for options of SDXL."""
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add_shards_options(group, resolution)
+    add("--proportion_empty_prompts", type=number(0, 1), default=0, metavar="P",
+        help="Share of captions that are replaced by an empty one.")
+    add_sample_options(group, max_watermark_probability)
     add("--shuffle_buffer_size", type=integer(1), default=1000, metavar="SAMPLES",
         help="Samples are shuffled in blocks of this many, in each data worker; a resume re-reads one such block.")
     add("--shuffle_buffer_mb", type=number(0, above=0), default=512.0, metavar="MB",
         help="A block ends early once its samples take this much memory, as they lie in the shard (10^6 bytes).")
-    add("--shard_timeout", type=number(0, high=86400, above=0), default=300.0, metavar="SECONDS",
-        help="A shard's command without any output for so long is ended, and the shard counted as unreadable. An "
-             "http(s):// connection is retried sooner.")
+    add_timeout_option(group)
     add("--dataloader_num_workers", type=integer(0), default=0, metavar="N",
         help="Processes that read data; 0 reads in the training process.")
     return group

@@ -20,6 +20,7 @@ class Plan:
     steps_per_epoch: int | None  # None without epochs
     samples_per_step: int  # over all processes and accumulated passes
     shards: tuple[str, ...]  # addresses without braces
+    cache: Any = None  # what the shards have in common if they are cached, an lcm.cache.Cache
 
     def options(self, args: Options) -> dict[str, Any]:
         """The options in effect, as a dict that may be logged, stored and shown: without secrets."""
@@ -31,7 +32,7 @@ class Plan:
         }
 
 
-def make_plan(args: Options, accelerator: Any, seed: int, shards: tuple[str, ...]) -> Plan:
+def make_plan(args: Options, accelerator: Any, seed: int, shards: tuple[str, ...], cache: Any = None) -> Plan:
     """The Plan for these options and this `accelerate.Accelerator`."""
     passes = accelerator.gradient_accumulation_steps
     samples_per_pass = args.train_batch_size * accelerator.num_processes
@@ -47,4 +48,5 @@ def make_plan(args: Options, accelerator: Any, seed: int, shards: tuple[str, ...
         steps_per_epoch=steps_per_epoch,
         samples_per_step=samples_per_pass * passes,
         shards=shards,
+        cache=cache,
     )

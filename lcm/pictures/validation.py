@@ -142,7 +142,8 @@ class Validation:
             ]
             scheduler = teacher_scheduler(self.family.noise_schedule)
             try:
-                self.teacher_columns = self.draw(self.networks.teacher_view, columns, scheduler)
+                with self.family.loaded():
+                    self.teacher_columns = self.draw(self.networks.teacher_view, columns, scheduler)
             except Exception as error:  # out of memory, more steps than the schedule has
                 logger.warning("No pictures of the teacher: %s", first_line(error))
             self.log_pictures(self.captioned(self.teacher_columns), step)
@@ -157,9 +158,10 @@ class Validation:
             counts = self.args.validation_num_inference_steps
             drawn: dict[Column, list[Image.Image]] = {}
             try:
-                for name, view in self.networks.views.items():
-                    columns = [Column(name, n, s) for s in self.guidance_scales for n in counts]
-                    drawn |= self.draw(view, columns, student_scheduler(self.family.noise_schedule, self.args))
+                with self.family.loaded():
+                    for name, view in self.networks.views.items():
+                        columns = [Column(name, n, s) for s in self.guidance_scales for n in counts]
+                        drawn |= self.draw(view, columns, student_scheduler(self.family.noise_schedule, self.args))
                 if self.accelerator.is_main_process:
                     self.show(step, drawn)
             except Exception as error:  # out of memory, a full disk

@@ -32,7 +32,7 @@ def describe_run(
         f"x {plan.gradient_accumulation_steps} accumulated = {plan.samples_per_step} a step",
         f"Length: {steps} steps = {steps * plan.samples_per_step} samples{epochs}",
         f"Data: {len(plan.shards)} shard(s), {data_config.num_streams} stream(s), {args.resolution} x "
-        f"{args.resolution} pixels, seed {plan.seed}",
+        f"{args.resolution} pixels, seed {plan.seed}{', cached: no VAE, no text encoder' if plan.cache else ''}",
         f"Host memory for data, a process: up to {data_config.max_bytes / 1e9:.2g} GB, "
         f"{data_config.streams_per_process} x {data_config.shuffle_buffer_mb:g} MB of it for --shuffle_buffer_mb",
         f"Distillation: target {target_in_words(args)}, {args.num_ddim_timesteps} DDIM steps, {guidance}, "

@@ -21,7 +21,7 @@ from accelerate.utils import (
     set_seed,
 )
 
-from lcm.data.shards import expand_shards
+from lcm.data.shards import expand_shards, find_cache
 from lcm.errors import UserError, first_line
 from lcm.options.choices import PRECISIONS
 from lcm.options.plan import Plan, make_plan
@@ -59,7 +59,8 @@ def start(args: Options, can_shard: bool = False) -> tuple[Accelerator, Plan]:
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         logger.warning("--mixed_precision: fp16 needs a GPU; on this CPU everything is computed in float32")
-    plan = make_plan(args, accelerator, seed, expand_shards(args.train_shards_path_or_url))
+    shards = expand_shards(args.train_shards_path_or_url)
+    plan = make_plan(args, accelerator, seed, shards, find_cache(shards, args.shard_timeout))
     check_resume(args, plan)
     try:
         os.makedirs(args.output_dir, exist_ok=True)

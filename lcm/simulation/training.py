@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import tempfile
 import time
 from collections import Counter
@@ -18,8 +19,10 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from lcm.cache import Cache
 from lcm.data.loader import TrainingData
 from lcm.data.order import Position
+from lcm.data.shards import expand_shards, find_cache
 from lcm.data.stream import Item
 from lcm.data.tally import Tally
 from lcm.errors import UserError, first_line
@@ -107,12 +110,17 @@ def build(loader: Any, option: str, source: str, **kwargs: Any) -> torch.nn.Modu
 
 
 def empty_items(data: TrainingData) -> Iterator[Item]:
-    """Items as from the streams, with pictures of zeros."""
+    """Items as from the streams, with pictures, or cached tensors, of zeros."""
     config = data.config
-    size = (config.batch_size, 3, config.resolution, config.resolution)
+    shapes: dict[str, list[int]] = {"pixels": [3, config.resolution, config.resolution]}
+    dtypes = {"pixels": torch.uint8, "is_empty": torch.bool}
+    if config.origin:
+        shapes = {**json.loads(config.origin["shapes"]), "is_empty": []}
+        del shapes["original_size"]
+        dtypes |= {name: getattr(torch, config.origin["dtype"]) for name in shapes.keys() - dtypes.keys()}
     while True:
         batch = {
-            "pixels": torch.zeros(size, dtype=torch.uint8),
+            **{name: torch.zeros(config.batch_size, *shape, dtype=dtypes[name]) for name, shape in shapes.items()},
             "captions": ["a caption"] * config.batch_size,
             "original_sizes": torch.full((config.batch_size, 2), config.resolution),
             "crops": torch.zeros(config.batch_size, 2, dtype=torch.int64),
@@ -160,7 +168,7 @@ class Simulation:
             if self.with_pictures:
                 args = self.module.parse_args([*self.options, *own, "--report_to=none", *few_pictures(args)])
             stack.callback(self.device.close)
-            self.patch_inputs()
+            self.patch_inputs(args)
             self.patch_results()
             self.patch_numbers()
             self.patch_phases()
@@ -171,7 +179,7 @@ class Simulation:
         self.record.seconds = time.perf_counter() - began
         return self.record
 
-    def patch_inputs(self) -> None:
+    def patch_inputs(self, args: Options) -> None:
         """Networks come from configuration files, batches from `empty_items`."""
         real_load, real_schedule = loading.load_pretrained, family.load_noise_schedule
 
@@ -188,6 +196,8 @@ class Simulation:
         self.device.patch(loading, "load_pretrained", load)
         self.device.patch(family, "load_noise_schedule", load_schedule)
         self.device.patch(start, "expand_shards", lambda patterns: ("simulated.tar",))
+        self.device.patch(start, "find_cache", lambda *_: self.find_cache(args))
+        self.device.patch(family.Family, "origin", lambda *_: {})
         self.device.patch(TrainingData, "items", empty_items)
         for name in ("run", "draw_teacher"):
             if self.with_pictures:
@@ -196,6 +206,15 @@ class Simulation:
                 self.device.patch(Validation, name, lambda *_: None)
         if self.with_pictures:
             self.patch_pictures()
+
+    def find_cache(self, args: Options) -> Cache | None:
+        """What real shards have in common if they are cached, with an embedding of zeros. Shards need not exist."""
+        try:
+            with unset_fake_temporarily():
+                cache = find_cache(expand_shards(args.train_shards_path_or_url), args.shard_timeout)
+        except UserError:
+            return None
+        return cache and Cache(cache.origin, tuple(torch.zeros(part.shape, dtype=part.dtype) for part in cache.empty))
 
     def patch_results(self) -> None:
         """Files of tensors have no content. Results, which soon are gone, are neither announced nor pushed."""
@@ -263,9 +282,10 @@ class Simulation:
         def init(
             session: Session, accelerator: Any, args: Any, plan: Any, parts: Any, networks: Any, *more: Any
         ) -> None:
-            ledger.assign(tensors_of(parts.vae), "weights of the VAE")
-            encoders = (part for part in parts.encode_prompts.components.values() if isinstance(part, torch.nn.Module))
-            ledger.assign((tensor for part in encoders for tensor in tensors_of(part)), "weights of text encoders")
+            if parts.vae:  # there is none with cached samples
+                ledger.assign(tensors_of(parts.vae), "weights of the VAE")
+            for part in parts.encode_prompts.encoders():
+                ledger.assign(tensors_of(part), "weights of text encoders")
             self.name_networks(networks)
             real_init(session, accelerator, args, plan, parts, networks, *more)
             if networks.is_sharded:
