@@ -174,10 +174,15 @@ def read_shard(url: str, timeout: float = 300.0) -> Iterator[Sample | Problem]:
 
 
 def find_cache(shards: Iterable[str], timeout: float) -> Cache | None:
-    """What cached shards have in common, from the first that has a readable sample; None if that one is not cached."""
+    """What cached shards have in common, from the first that has a readable sample; None if that one is not cached.
+
+    A shard that is no local file is the last that is tried: each that cannot be reached would take its time.
+    """
     for url in shards:
         with contextlib.closing(read_shard(url, timeout)) as samples:
             first = next((sample for sample in samples if isinstance(sample, dict)), None)
         if first is not None:
             return as_cache(first)
+        if not is_local(url):
+            break
     return None
