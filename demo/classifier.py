@@ -7,6 +7,7 @@ distance; `evaluate_lcm.py` takes them as --extra_metric and --feature_network. 
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class Classifier(nn.Module):
         widths = (3, width, 2 * width, 3 * width, 4 * width)
         blocks = [
             layer
-            for before, after in zip(widths[:-1], widths[1:], strict=True)
+            for before, after in itertools.pairwise(widths)
             for layer in (nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.GELU())
         ]
         self.body = nn.Sequential(

@@ -44,7 +44,8 @@ def open_image(data: bytes) -> Image.Image:
 def resize(image: Image.Image, config: DataConfig) -> Image.Image:
     """Resize the shorter side to the resolution."""
     shorter = min(image.size)
-    size = tuple(int(config.resolution * side / shorter) for side in image.size)  # as in torchvision's `resize`
+    width, height = (int(config.resolution * side / shorter) for side in image.size)  # as in torchvision's `resize`
+    size = width, height
     return (
         image
         if size == image.size

@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Self
 
@@ -154,7 +154,7 @@ def open_shard(url: str, timeout: float) -> Iterator[BinaryIO]:
             stack.close()
 
 
-def read_shard(url: str, timeout: float = 300.0) -> Iterator[Sample | Problem]:
+def read_shard(url: str, timeout: float = 300.0) -> Generator[Sample | Problem, None, None]:
     """Yield the samples of one shard as dicts of bytes, and a Problem for each part of it that cannot be read."""
     problems = []
 
@@ -179,8 +179,9 @@ def find_cache(shards: Iterable[str], timeout: float) -> Cache | None:
     A shard that is no local file is the last that is tried: each that cannot be reached would take its time.
     """
     for url in shards:
-        with contextlib.closing(read_shard(url, timeout)) as samples:
-            first = next((sample for sample in samples if isinstance(sample, dict)), None)
+        samples = read_shard(url, timeout)
+        first = next((sample for sample in samples if isinstance(sample, dict)), None)
+        samples.close()
         if first is not None:
             return as_cache(first)
         if not is_local(url):

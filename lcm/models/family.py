@@ -57,8 +57,12 @@ class Family:
         if cache:
             cache.check(self.origin())
         self.encode_prompts = self.prompt_encoder_class(args, accelerator, cache)
-        self.vae = None if cache else load_vae(args, accelerator, dtype=self.vae_dtype())
-        self.scaling_factor = float(cache.origin["scaling_factor"]) if cache else self.vae.config.scaling_factor
+        self.vae: Any = None
+        if cache:
+            self.scaling_factor = float(cache.origin["scaling_factor"])
+        else:
+            self.vae = load_vae(args, accelerator, dtype=self.vae_dtype())
+            self.scaling_factor = self.vae.config.scaling_factor
         vae, encoders = [self.vae] if self.vae else [], self.encode_prompts.encoders()
         self.vae_on_device = OnDevice("VAE", vae, args.offload and bool(vae), accelerator.device)
         self.encoders_on_device = OnDevice(

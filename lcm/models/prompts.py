@@ -81,6 +81,7 @@ class Prompts(ABC):
     def __init__(self, args: Options, accelerator: Accelerator, cache: Cache | None = None):
         self.args, self.accelerator, self.cache = args, accelerator, cache
         self.components: dict[str, Any] = {} if cache else self.load()
+        self.empty = tuple(part.to(accelerator.device) for part in cache.empty) if cache else ()
         self.unconditional = self.embed_unconditional() if args.w_max > 0 else None
 
     @abstractmethod
@@ -115,7 +116,7 @@ class Prompts(ABC):
         finally:
             self.components = {}
 
-    def encoders(self) -> list[torch.nn.Module]:
+    def encoders(self) -> list[Any]:
         """The text encoders that are loaded."""
         return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
 
@@ -123,7 +124,7 @@ class Prompts(ABC):
         """The embedding, for one sample, of what guidance leads away from."""
         prompt = self.args.teacher_negative_prompt
         if self.cache and prompt is None:
-            return tuple(part[None].to(self.accelerator.device, self.dtype) for part in self.cache.empty)
+            return tuple(part[None].to(self.dtype) for part in self.empty)
         with self.loaded():
             return self.encode([prompt or ""])
 
@@ -136,10 +137,9 @@ class Prompts(ABC):
         """The embedding of a batch's captions: encoded now, or as it was cached."""
         if self.cache is None:
             return self.encode(batch["captions"])
-        device, is_empty = self.accelerator.device, batch["is_empty"]
         return tuple(
-            torch.where(is_empty.view(-1, *[1] * empty.ndim), empty.to(device), batch[name]).to(self.dtype)
-            for name, empty in zip(EMBEDDING, self.cache.empty, strict=False)
+            torch.where(batch["is_empty"].view(-1, *[1] * empty.ndim), empty, batch[name]).to(self.dtype)
+            for name, empty in zip(EMBEDDING, self.empty, strict=False)
         )
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Conditioning, Conditioning | None]:
