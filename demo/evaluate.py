@@ -39,7 +39,7 @@ def choose_captions(count: int, seed: int) -> list[str]:
     """Return `count` captions in random order, each of the 468 equally often up to rounding."""
     captions = world.all_captions()
     rng = np.random.default_rng(seed)
-    order = np.concatenate([rng.permutation(len(captions)) for _ in range(-(-count // len(captions)))])[:count]
+    order = np.concatenate([rng.permutation(len(captions)) for _ in range(1 + count // len(captions))])[:count]
     return [captions[i] for i in order]
 
 
