@@ -35,7 +35,9 @@ def test_every_option_reaches_the_config():
         "max_watermark_probability": 0.2, "shuffle_buffer_size": 9, "shuffle_buffer_mb": 3.5, "shard_timeout": 4.5,
     }  # fmt: skip
     args = SimpleNamespace(**named, train_batch_size=5, dataloader_num_workers=2, learning_rate=1)
-    made = lcm_config.data_config(args, SimpleNamespace(shards=("a.tar",), seed=7, num_processes=3), rank=1)
+    made = lcm_config.data_config(
+        args, SimpleNamespace(cache=None, shards=("a.tar",), seed=7, num_processes=3), rank=1
+    )
     assert made == DataConfig(shards=("a.tar",), batch_size=5, num_workers=2, rank=1, num_processes=3, **named)
 
 
