@@ -53,23 +53,6 @@ def slug(name: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
-def public_command(command: list[str], script: str) -> list[str]:
-    """The demo's command for a public script: `script` is a path, or a Python and a path."""
-    start = next(i for i, word in enumerate(command) if word.endswith(".py"))
-    options, words = [], iter(command[start + 1 :])
-    word = next(words, None)
-    while word is not None:
-        values = []
-        value = next(words, None)
-        while value is not None and not value.startswith("--"):
-            values.append(value)
-            value = next(words, None)
-        if word.removeprefix("--") not in NOT_PUBLIC:
-            options += [word, *values]
-        word = value
-    return [*shlex.split(script), *options, "--max_train_samples=4000", "--validation_steps=1000000"]
-
-
 def train_and_measure(name: str, more: str, seed: int, folder: Path, args: argparse.Namespace) -> Path:
     """Train one recipe with one seed and measure it; returns the file of its rows. Finished files are kept."""
     result = folder / f"{slug(name)}-{seed}.json"
@@ -88,13 +71,16 @@ def train_and_measure(name: str, more: str, seed: int, folder: Path, args: argpa
     if name == TEACHER:
         pipes = {
             steps: [(evaluate.load_pipeline(run.HERE / "teacher", sampler=sampler), scale) for sampler, scale in few]
-            for steps, few in {50: [("ddim", scale)], **run.TEACHER_SAMPLERS}.items()
+            for steps, few in run.TEACHER_SAMPLERS.items()
         }
     else:
         shutil.rmtree(student, ignore_errors=True)
-        command = run.training_command(str(student), args.lora, seed, args.max_train_steps, shlex.split(more))
+        about_run = (str(student), args.lora, seed, args.max_train_steps)
+        command = run.training_command(*about_run, shlex.split(more))
         if name == PUBLIC:
-            command = public_command(command, args.public_script)
+            known = {k: value for k, value in run.training_options(*about_run).items() if k not in NOT_PUBLIC}
+            more_of_theirs = {"max_train_samples": 4000, "validation_steps": 1_000_000}
+            command = [*shlex.split(args.public_script), *run.as_arguments(known | more_of_theirs)]
         with open(student.with_suffix(".log"), "wb") as log:
             subprocess.run(command, cwd=run.ROOT, check=True, stdout=log, stderr=log)
         if name == PUBLIC:  # it writes no scheduler, and a LoRA to a folder of its own
@@ -109,8 +95,7 @@ def train_and_measure(name: str, more: str, seed: int, folder: Path, args: argpa
     captions, rows = run.choose_captions(args.num_images, seed), []
     for steps, candidates in pipes.items():
         measured = [evaluate.measure(pipe, captions, steps, guidance, seed) for pipe, guidance in candidates]
-        best = max(measured, key=lambda row: (row["all right"], -row["distance"]))
-        rows.append({"name": name, "seed": seed, "training": seconds, **best})
+        rows.append({"name": name, "seed": seed, "training": seconds, **run.most_accurate(measured)})
     pictures = torch.stack([row.pop("pictures")[: len(run.SHOWN)] for row in rows])
     strip = pictures.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # a row of pictures for each number of steps
     Image.fromarray(strip.numpy()).save(result.with_suffix(".png"))

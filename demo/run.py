@@ -34,6 +34,7 @@ GRID = 20  # points of the solver's grid
 FEW_STEPS = (8, 4, 2, 1)
 # The teacher's best samplers and guidance scales at few steps, of all that were tried (demo/README.md).
 TEACHER_SAMPLERS = {
+    50: [("ddim", 3.0)],
     8: [("dpm++-trailing", 3.0)],
     4: [("dpm++-trailing", 3.0)],
     2: [("ddim-trailing", 3.0), ("dpm++-trailing", 3.0)],
@@ -56,8 +57,8 @@ SHOWN = (
 )
 
 
-def training_command(folder: str, lora: bool, seed: int, max_train_steps: int, more: Sequence[str] = ()) -> list[str]:
-    """The command that trains a student of the demo's teacher; `more` are further options of the script."""
+def training_options(folder: str, lora: bool, seed: int, max_train_steps: int) -> dict[str, Any]:
+    """The options of the script that trains a student of the demo's teacher, by name."""
     options = {
         "pretrained_teacher_model": HERE / "teacher",
         "train_shards_path_or_url": HERE / "shards" / "train-{00000..00003}.tar",
@@ -76,7 +77,6 @@ def training_command(folder: str, lora: bool, seed: int, max_train_steps: int, m
         "seed": seed,
     }
     if lora:
-        script = "train_lcm_distill_lora_sd_wds.py"
         options |= {
             "learning_rate": 2e-3,
             "lora_rank": 16,
@@ -85,7 +85,6 @@ def training_command(folder: str, lora: bool, seed: int, max_train_steps: int, m
             "w_max": 2,
         }
     else:
-        script = "train_lcm_distill_sd_wds.py"
         options |= {
             "learning_rate": 7e-4,
             "ema_decay": 0.95,
@@ -93,11 +92,24 @@ def training_command(folder: str, lora: bool, seed: int, max_train_steps: int, m
             "w_max": 3,
             "validation_guidance_scale": GUIDANCE_SCALE,
         }
+    return options
+
+
+def as_arguments(options: dict[str, Any]) -> list[str]:
+    """Options as they stand in a command."""
+    return [
+        word
+        for name, value in options.items()
+        for word in (f"--{name}", *map(str, value if isinstance(value, tuple) else [value]))
+    ]
+
+
+def training_command(folder: str, lora: bool, seed: int, max_train_steps: int, more: Sequence[str] = ()) -> list[str]:
+    """The command that trains a student of the demo's teacher; `more` are further options of the script."""
+    script = f"train_lcm_distill_{'lora_sd' if lora else 'sd'}_wds.py"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     command += ["--mixed_precision=no", "--dynamo_backend=no", script]
-    for name, value in options.items():
-        command += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
-    return [*command, *more]
+    return [*command, *as_arguments(training_options(folder, lora, seed, max_train_steps)), *more]
 
 
 def train(args: argparse.Namespace) -> None:
@@ -132,7 +144,7 @@ def choose_captions(count: int, seed: int) -> list[str]:
 
 
 def compare(args: argparse.Namespace, students: list[str]) -> list[dict[str, Any]]:
-    """All rows: the teacher at 50 steps, every teacher sampler and the students at few steps."""
+    """All rows: every teacher sampler, from 50 steps down, and the students at few steps."""
     import evaluate
 
     captions = choose_captions(args.num_images, args.seed)
@@ -147,7 +159,6 @@ def compare(args: argparse.Namespace, students: list[str]) -> list[dict[str, Any
             flush=True,
         )
 
-    add("teacher", evaluate.load_pipeline(HERE / "teacher", sampler="ddim"), "ddim", 50, GUIDANCE_SCALE)
     for steps, candidates in TEACHER_SAMPLERS.items():
         for sampler, scale in candidates:
             add("teacher", evaluate.load_pipeline(HERE / "teacher", sampler=sampler), sampler, steps, scale)
@@ -159,13 +170,18 @@ def compare(args: argparse.Namespace, students: list[str]) -> list[dict[str, Any
     return rows
 
 
+def most_accurate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row with the most right pictures; of equals, the one with the least distance."""
+    return max(rows, key=lambda row: (row["all right"], -row["distance"]))
+
+
 def best_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows to show: for each number of steps, the teacher's most accurate sampler and the students."""
     shown = [rows[0]]
     for steps in FEW_STEPS:
         candidates = [r for r in rows if r["network"] == "teacher" and r["steps"] == steps]
         students = [r for r in rows if r["network"] != "teacher" and r["steps"] == steps]
-        shown += [max(candidates, key=lambda r: (r["all right"], -r["distance"])), *students]
+        shown += [most_accurate(candidates), *students]
     return shown
 
 

@@ -31,7 +31,6 @@ BACKGROUNDS = {
 SPRITES = Path(__file__).parent / "sprites"
 LARGE, SMALL = (0.45, 0.65), (0.36, 0.46)  # sizes of a thing alone and of one in a pair, as parts of the picture
 ANGLE = 25  # degrees to either side
-LABELS = len(THINGS) + 1
 
 
 def all_things() -> list[tuple[int, ...]]:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from lcm.cache import EMBEDDING, EMPTY_SUFFIX, SUFFIX, Origin, Tensors, pack, sample_bytes, shapes_of
 from lcm.data.config import DataConfig
 from lcm.data.pictures import Unusable, all_crops
-from lcm.data.samples import Captioned, read_sample
+from lcm.data.samples import Captioned, as_problem, read_sample
 from lcm.data.shards import Problem, Sample, is_local, read_shard
 from lcm.data.tally import Tally
 from lcm.data.writer import write_tar
@@ -127,7 +127,7 @@ class Maker:
                 read = read_sample(sample, self.config, rng)
                 return Row(sample, read, all_crops(read.image, self.config, rng, self.args.crops_per_picture))
             except Unusable as error:
-                return Problem(error.args[0], f"{sample['__url__']}: {sample['__key__']}: {error.args[1]}")
+                return as_problem(sample, error)
 
         def finished(futures: "deque[Future[Row | Problem]]", most: int) -> Iterator[Row]:
             while len(futures) > most:
@@ -135,19 +135,13 @@ class Maker:
                 if isinstance(row, Row):
                     yield row
                 else:
-                    self.skip(row, tally)
+                    tally.skip(row)
 
         ahead: deque[Future[Row | Problem]] = deque()
         for index, sample in enumerate(read_shard(self.config.shards[number], self.config.shard_timeout)):
             ahead.append(pool.submit(decode, index, sample))
             yield from finished(ahead, 2 * self.args.batch_size)
         yield from finished(ahead, 0)
-
-    def skip(self, problem: Problem, tally: Tally) -> None:
-        """Count a sample that cannot be used; log the first of each reason in a shard."""
-        tally.skipped[problem.reason] += 1
-        if tally.skipped[problem.reason] == 1:
-            logger.warning("Skipped: %s (%s). More are only counted.", problem.reason, redact(problem.detail))
 
     def encode(self, batch: list[Row], tally: Tally) -> Iterator[dict[str, Any]]:
         """Yield the members of B samples."""
@@ -165,7 +159,7 @@ class Maker:
             key = row.sample["__key__"]
             if not all(part.isfinite().all() for part in tensors.values()):
                 detail = f"{row.sample['__url__']}: {key}: try --dtype=float32, or --mixed_precision=no"
-                self.skip(Problem("not finite in this precision", detail), tally)
+                tally.skip(Problem("not finite in this precision", detail))
                 continue
             tensors["crops"] = torch.tensor([place for _, place in row.crops], dtype=torch.int32)
             tensors["original_size"] = torch.tensor(row.read.original_size, dtype=torch.int32)

@@ -219,6 +219,23 @@ def write_tar(path, members):
     return str(path)
 
 
+def read_tars(folder):
+    """{shard/member: bytes} of all shards in a folder."""
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as shard:
+            found |= {f"{path.name}/{member.name}": shard.extractfile(member).read() for member in shard}
+    return found
+
+
+def launch_two(script, options):
+    """What `subprocess.run` returns of a script in two processes on the CPU."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1", "--cpu"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", script, *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
+
+
 def write_shards(folder, num_shards=3, samples_per_shard=10, size=(20, 24), seed=0, with_json=False):
     """Write shards of random pictures, each captioned "picture <shard> <index>". Returns the brace pattern."""
     rng = np.random.default_rng(seed)

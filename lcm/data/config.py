@@ -45,9 +45,7 @@ class DataConfig:
     @property
     def max_bytes(self) -> float:
         """Most bytes that the streams of a process use: blocks of encoded samples, and prepared batches."""
-        batch = (
-            sample_bytes(self.origin) * self.batch_size if self.origin else 3 * self.resolution**2 * self.batch_size
-        )
+        batch = self.batch_size * (sample_bytes(self.origin) if self.origin else 3 * self.resolution**2)
         ahead = 1 + BATCHES_AHEAD * (self.num_workers > 0)
         return self.streams_per_process * (self.shuffle_buffer_mb * 1e6 + ahead * batch)
 

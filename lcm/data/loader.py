@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from multiprocessing.synchronize import Event
@@ -19,12 +19,10 @@ from lcm.data.commands import end_children
 from lcm.data.config import BATCHES_AHEAD, DataConfig
 from lcm.data.order import ORDER_VERSION, Part, Position, shard_parts
 from lcm.data.samples import FOR_DEVICE
-from lcm.data.shards import Problem
 from lcm.data.stream import Item, Stream
 from lcm.data.tally import Tally, describe
 from lcm.errors import UserError, first_line
 from lcm.options.choices import CAPTION_SUFFIXES, PICTURE_FORMATS
-from lcm.secrets import redact
 
 logger = logging.getLogger(__name__)
 
@@ -135,13 +133,6 @@ class TrainingData:
         """The sum of the tallies of all processes; all of them must call this."""
         return sum(gather_object([self.tally]), Tally())
 
-    def note_problems(self, problems: Iterable[Problem]) -> None:
-        """Count the problems, and log the first one for each reason with its details."""
-        for problem in problems:
-            self.tally.skipped[problem.reason] += 1
-            if self.tally.skipped[problem.reason] == 1:
-                logger.warning("Skipped: %s (%s). More are only counted.", problem.reason, redact(problem.detail))
-
     def items(self) -> Iterator[Item]:
         """The items of the streams, without end. If a data worker dies, all are restarted at the same position.
 
@@ -198,7 +189,8 @@ class TrainingData:
             self.empty_passes[item.stream] = item.empty_passes
             self.next_stream = (item.stream + 1) % self.config.streams_per_process
             self.tally += item.tally
-            self.note_problems(item.problems)
+            for problem in item.problems:
+                self.tally.skip(problem)
             if item.tally.used:
                 unusable_parts.clear()
             if item.batch is None:

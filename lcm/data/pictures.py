@@ -45,12 +45,9 @@ def resize(image: Image.Image, config: DataConfig) -> Image.Image:
     """Resize the shorter side to the resolution."""
     shorter = min(image.size)
     width, height = (int(config.resolution * side / shorter) for side in image.size)  # as in torchvision's `resize`
-    size = width, height
-    return (
-        image
-        if size == image.size
-        else image.resize(size, Image.Resampling[INTERPOLATIONS[config.interpolation_type]])
-    )
+    if (width, height) == image.size:
+        return image
+    return image.resize((width, height), Image.Resampling[INTERPOLATIONS[config.interpolation_type]])
 
 
 def crop_place(image: Image.Image, config: DataConfig, rng: np.random.Generator) -> tuple[int, int]:

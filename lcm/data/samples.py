@@ -14,7 +14,7 @@ from PIL import Image
 from lcm.cache import EMBEDDING, SUFFIX, unpack_sample
 from lcm.data.config import DataConfig
 from lcm.data.pictures import Unusable, open_image, transform
-from lcm.data.shards import Sample, TooLarge
+from lcm.data.shards import Problem, Sample, TooLarge
 from lcm.options.choices import CAPTION_SUFFIXES, PICTURE_FORMATS
 
 FOR_DEVICE = {"pixels", "moments", "is_empty", *EMBEDDING}  # the tensors of a batch that the device needs
@@ -62,6 +62,12 @@ def json_number(info: dict[str, Any], key: str) -> int | float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 2**31:
         raise Unusable("JSON lacks a number", f"{key!r} is {value!r:.40}")
     return value
+
+
+def as_problem(sample: Sample, error: Unusable) -> Problem:
+    """Why a sample cannot be used, and which one it is."""
+    reason, detail = error.args
+    return Problem(reason, f"{sample['__url__']}: {sample['__key__']}: {detail}")
 
 
 def check_watermark(sample: Sample, info: dict[str, Any], config: DataConfig) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from lcm.data.config import DataConfig
 from lcm.data.order import Part, Position, shard_order
 from lcm.data.pictures import Unusable
-from lcm.data.samples import FOR_DEVICE, collate, decode_sample
+from lcm.data.samples import FOR_DEVICE, as_problem, collate, decode_sample
 from lcm.data.shards import Problem, Sample, read_shard
 from lcm.data.tally import Tally
 
@@ -147,8 +147,7 @@ class Stream:
                 tally.used += 1
                 tally.unscored += rows[-1]["unscored"]
             except Unusable as error:
-                reason, detail = error.args
-                problems.append(Problem(reason, f"{sample['__url__']}: {sample['__key__']}: {detail}"))
+                problems.append(as_problem(sample, error))
             if len(rows) == self.config.batch_size:
                 batch_end, empty_passes, self.reported = position, 0, 0
                 yield Item(self.index, batch_end, 0, [], collate(rows), tally, problems)

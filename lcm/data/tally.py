@@ -1,7 +1,13 @@
 """How many samples were used, and how many were skipped, by reason."""
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
+
+from lcm.data.shards import Problem
+from lcm.secrets import redact
+
+logger = logging.getLogger(__name__)
 
 
 def describe(skipped: Counter[str]) -> str:
@@ -23,6 +29,12 @@ class Tally:
     def __str__(self) -> str:
         unscored = f"{self.unscored} of them without a `pwatermark`, " if self.unscored else ""
         return f"{self.used} samples used, {unscored}skipped: {describe(self.skipped)}"
+
+    def skip(self, problem: Problem) -> None:
+        """Count a sample that cannot be used; log the first one for each reason with its details."""
+        self.skipped[problem.reason] += 1
+        if self.skipped[problem.reason] == 1:
+            logger.warning("Skipped: %s (%s). More are only counted.", problem.reason, redact(problem.detail))
 
     def as_scalars(self) -> dict[str, int]:
         """The tally for the trackers: {"samples/used": n, "samples/skipped/the_reason": n, ...}."""

@@ -3,15 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import tarfile
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, Script, forked
+from conftest import SCRIPTS, Script, forked, launch_two, read_tars
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 
@@ -27,15 +24,6 @@ def options(teacher, folder, *more):
     return [f"--pretrained_teacher_model={teacher}", f"--output_dir={folder}", *own, *more, "--prompts", *PROMPTS]
 
 
-def members(folder):
-    """{name: bytes} of all shards."""
-    found = {}
-    for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as shard:
-            found |= {f"{path.name}/{member.name}": shard.extractfile(member).read() for member in shard}
-    return found
-
-
 @pytest.fixture(params=["sd", "sdxl"])
 def source(request, teacher, sdxl_teacher):
     return teacher if request.param == "sd" else sdxl_teacher
@@ -44,7 +32,7 @@ def source(request, teacher, sdxl_teacher):
 def test_pictures_captions_and_json(source, tmp_path, capsys):
     """Each picture is what the pipeline draws for its prompt alone, from the noise of its number."""
     make_shards.main(options(source, tmp_path, "--seed=5", "--guidance_scale=3", "--negative_prompt=grey"))
-    found = members(tmp_path)
+    found = read_tars(tmp_path)
     assert len(found) == 21 and {name.split("/")[0] for name in found} == {"00000.tar", "00001.tar", "00002.tar"}
     pipeline = DiffusionPipeline.from_pretrained(source, safety_checker=None)
     config = {"clip_sample": False, "thresholding": False, "timestep_spacing": "leading"}
@@ -88,22 +76,17 @@ def test_killed_and_started_again(teacher, tmp_path, monkeypatch):
     make_shards.main(options(teacher, tmp_path / "killed", "--batch_size=3"))
     assert os.stat(tmp_path / "killed" / "00000.tar").st_mtime_ns == before
     assert not list((tmp_path / "killed").glob("*.partial"))
-    ours, unbroken = members(tmp_path / "killed"), members(tmp_path / "unbroken")
+    ours, unbroken = read_tars(tmp_path / "killed"), read_tars(tmp_path / "unbroken")
     assert ours.keys() == unbroken.keys()
     assert all(ours[name] == unbroken[name] for name in ours if not name.startswith("00001.tar"))
 
 
 def test_two_processes_share_the_shards(teacher, tmp_path):
     make_shards.main(options(teacher, tmp_path / "one"))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1", "--cpu"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "make_shards.py"]
-    done = subprocess.run(
-        [*command, *options(teacher, tmp_path / "two")], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = launch_two("make_shards.py", options(teacher, tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Train with:") == 1 and "0 of 3 shards are there" in done.stdout
-    assert members(tmp_path / "two") == members(tmp_path / "one")
+    assert read_tars(tmp_path / "two") == read_tars(tmp_path / "one")
 
 
 @pytest.mark.parametrize(("more", "start"), [
@@ -114,12 +97,12 @@ def test_two_processes_share_the_shards(teacher, tmp_path):
 ])  # fmt: skip
 def test_other_options_are_not_mixed(teacher, tmp_path, more, start, capsys):
     make_shards.main(options(teacher, tmp_path, "--num_images=1"))
-    before = members(tmp_path)
+    before = read_tars(tmp_path)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         make_shards.main([*options(teacher, tmp_path, "--num_images=1"), *more])
     assert stop.value.code == 1 and capsys.readouterr().err.startswith(start)
-    assert members(tmp_path) == before
+    assert read_tars(tmp_path) == before
 
 
 @pytest.mark.parametrize(("more", "start"), [

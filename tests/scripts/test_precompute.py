@@ -4,9 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import tarfile
 from collections import namedtuple
 from dataclasses import replace
 
@@ -14,7 +11,18 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import EVERYTHING_AT_RANDOM, ROOT, SCRIPTS, Script, encode_image, forked, make_vae, write_tar
+from conftest import (
+    EVERYTHING_AT_RANDOM,
+    ROOT,
+    SCRIPTS,
+    Script,
+    encode_image,
+    forked,
+    launch_two,
+    make_vae,
+    read_tars,
+    write_tar,
+)  # fmt: skip
 from diffusers import DiffusionPipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -40,15 +48,6 @@ def options(teacher, shards, folder, *more):
     own = ["--resolution=16", "--batch_size=4", "--mixed_precision=no", "--dtype=float32", *map(str, more)]
     return [f"--pretrained_teacher_model={teacher}", f"--train_shards_path_or_url={shards}", f"--output_dir={folder}",
             *own]  # fmt: skip
-
-
-def members(folder):
-    """{name: bytes} of all shards."""
-    found = {}
-    for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as shard:
-            found |= {f"{path.name}/{member.name}": shard.extractfile(member).read() for member in shard}
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +100,7 @@ def test_what_is_stored(kind, teacher, sdxl_teacher, shards, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "3 shards, " in printed and "30 samples used, skipped: none." in printed
     assert f'--train_shards_path_or_url="{tmp_path}/{{00000..00002}}.tar"' in printed
-    found = members(tmp_path)
+    found = read_tars(tmp_path)
     pipeline = DiffusionPipeline.from_pretrained(source, safety_checker=None)
     key = "00001.tar/" + next(name for name in found if name.startswith("00001.tar/")).split("/")[1].split(".")[0]
     tensors = safetensors.torch.load(found[f"{key}.safetensors"])
@@ -142,7 +141,7 @@ def test_stored_in_half_the_bytes(teacher, shards, tmp_path):
     base = [name for name in options(teacher, shards, tmp_path / "half") if name != "--dtype=float32"]
     precompute_lcm.main(base)
     tensors = safetensors.torch.load(
-        next(data for name, data in members(tmp_path / "half").items() if name.endswith("txt") is False)
+        next(data for name, data in read_tars(tmp_path / "half").items() if name.endswith("txt") is False)
     )
     assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.float16}
     base = [name for name in options(teacher, shards, tmp_path / "none") if name != "--dtype=float32"]
@@ -154,7 +153,7 @@ def test_stored_in_half_the_bytes(teacher, shards, tmp_path):
 def test_killed_at_any_moment(teacher, shards, tmp_path):
     """At most one shard is lost, and the next run makes the bytes of an unbroken one."""
     precompute_lcm.main(options(teacher, shards, tmp_path / "unbroken"))
-    unbroken = members(tmp_path / "unbroken")
+    unbroken = read_tars(tmp_path / "unbroken")
 
     def dying_at(moment):
         count = iter(range(999))
@@ -174,21 +173,16 @@ def test_killed_at_any_moment(teacher, shards, tmp_path):
         complete = [path.name for path in (tmp_path / "killed").glob("*.tar")]
         assert len(complete) == moment // 10
         precompute_lcm.main(options(teacher, shards, tmp_path / "killed"))
-        assert members(tmp_path / "killed") == unbroken
+        assert read_tars(tmp_path / "killed") == unbroken
         assert not list((tmp_path / "killed").glob("*.partial"))
 
 
 def test_two_processes_share_the_shards(teacher, shards, tmp_path):
     precompute_lcm.main(options(teacher, shards, tmp_path / "one"))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1", "--cpu"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "precompute_lcm.py"]
-    done = subprocess.run(
-        [*command, *options(teacher, shards, tmp_path / "two")], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = launch_two("precompute_lcm.py", options(teacher, shards, tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Train with:") == 1 and "30 samples used" in done.stdout
-    assert members(tmp_path / "two") == members(tmp_path / "one")
+    assert read_tars(tmp_path / "two") == read_tars(tmp_path / "one")
 
 
 def test_bad_data_is_counted(teacher, tmp_path, capsys):
@@ -201,7 +195,7 @@ def test_bad_data_is_counted(teacher, tmp_path, capsys):
     both = f"{tmp_path}/a.tar::{tmp_path}/b.tar"
     precompute_lcm.main(options(teacher, both, tmp_path / "out", "--max_watermark_probability=0.5"))
     assert "1 samples used, skipped: 1 x picture unreadable, 1 x no caption, 1 x watermark" in capsys.readouterr().out
-    stored = {name.removeprefix("00000.tar/") for name in members(tmp_path / "out")}
+    stored = {name.removeprefix("00000.tar/") for name in read_tars(tmp_path / "out")}
     assert stored == {"0.safetensors", "0.txt", "0.empty.safetensors"}
     assert json.loads((tmp_path / "out" / "00001.json").read_text())["samples"] == 0
 
