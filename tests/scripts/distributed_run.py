@@ -84,10 +84,10 @@ def joint_batches(self):
 
 
 def be_two_processes():
-    one, encode = session.step_generator, family.encode_pixels
+    one, sample = session.step_generator, family.sample_latents
     session.step_generator = lambda seed, rank, step, device: Pair(one(seed, r, step, device) for r in (0, 1))
-    family.encode_pixels = lambda vae, pixels, size, pair: torch.cat(
-        [encode(vae, part, size, one) for part, one in zip(pixels.chunk(2), pair, strict=True)]
+    family.sample_latents = lambda moments, scaling_factor, pair: torch.cat(
+        [sample(half, scaling_factor, one) for half, one in zip(moments.chunk(2), pair, strict=True)]
     )
     loader.TrainingData.single_iter = staticmethod(loader.TrainingData.__iter__)
     loader.TrainingData.__iter__ = joint_batches

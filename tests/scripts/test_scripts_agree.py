@@ -13,8 +13,8 @@ SDXL = """
 + distillation = groups.add_distillation_options(parser, w_min=3.0)
 - from lcm.models.family import StableDiffusion
 + from lcm.models.family import SDXL
-- family = StableDiffusion(args, accelerator)
-+ family = SDXL(args, accelerator)
+- family = StableDiffusion(args, accelerator, plan.cache)
++ family = SDXL(args, accelerator, plan.cache)
 """.strip().splitlines()
 
 # A LoRA has options of its own, no guidance input, an EMA only if one is asked for, and cannot be sharded.
