@@ -125,7 +125,7 @@ class Maker:
             rng = np.random.default_rng((self.args.seed, number, index))
             try:
                 read = read_sample(sample, self.config, rng)
-                return Row(sample, read, all_crops(read.image, self.config, rng, self.args.crops_per_picture))
+                return Row(sample, read, all_crops(read.picture, self.config, rng, self.args.crops_per_picture))
             except Unusable as error:
                 return as_problem(sample, error)
 

@@ -207,5 +207,5 @@ class TrainingData:
             for name in FOR_DEVICE & batch.keys():
                 batch[name] = batch[name].to(self.device, non_blocking=True)
             if "pixels" in batch:
-                batch["pixels"] = batch["pixels"].float() / 127.5 - 1
+                batch["pixels"] = batch["pixels"].float().div_(127.5).sub_(1)
             yield batch

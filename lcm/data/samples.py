@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from lcm.cache import EMBEDDING, SUFFIX, unpack_sample
 from lcm.data.config import DataConfig
-from lcm.data.pictures import Unusable, open_image, transform
+from lcm.data.pictures import Picture, Unusable, open_picture, transform
 from lcm.data.shards import Problem, Sample, TooLarge
 from lcm.options.choices import CAPTION_SUFFIXES, PICTURE_FORMATS
 
@@ -90,7 +89,7 @@ def check_size(width: float, height: float, config: DataConfig) -> None:
 class Captioned:
     """A picture that has passed the filters."""
 
-    image: Image.Image
+    picture: Picture
     caption: str
     original_size: tuple[int, int]  # height, width
     unscored: bool  # passed the watermark filter only because its JSON has no `pwatermark`
@@ -108,11 +107,11 @@ def read_sample(sample: Sample, config: DataConfig, rng: np.random.Generator) ->
     info = read_json(sample)
     caption = read_caption(sample, info, config.caption_key, rng)
     unscored = check_watermark(sample, info, config)
-    image = open_image(sample[suffix])
-    width = json_number(info, config.width_key) if config.width_key else image.width
-    height = json_number(info, config.height_key) if config.height_key else image.height
+    picture = open_picture(sample[suffix], config.resolution)
+    width = json_number(info, config.width_key) if config.width_key else picture.size[0]
+    height = json_number(info, config.height_key) if config.height_key else picture.size[1]
     check_size(width, height, config)
-    return Captioned(image, caption, (int(height), int(width)), unscored)
+    return Captioned(picture, caption, (int(height), int(width)), unscored)
 
 
 def decode_sample(sample: Sample, config: DataConfig, rng: np.random.Generator) -> dict[str, Any]:
@@ -125,7 +124,7 @@ def decode_sample(sample: Sample, config: DataConfig, rng: np.random.Generator) 
         return decode_cached(sample, config, rng)
     read = read_sample(sample, config, rng)
     caption = "" if rng.random() < config.proportion_empty_prompts else read.caption
-    pixels, crop = transform(read.image, config, rng)
+    pixels, crop = transform(read.picture, config, rng)
     about = {"caption": caption, "original_size": read.original_size, "crop": crop, "unscored": read.unscored}
     return {"pixels": pixels, **about}
 

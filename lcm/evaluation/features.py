@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from lcm.data.config import DataConfig
-from lcm.data.pictures import Unusable, open_image, transform
+from lcm.data.pictures import Unusable, open_picture, transform
 from lcm.data.shards import Problem, expand_shards, read_shard
 from lcm.data.tally import describe
 from lcm.errors import UserError, first_line
@@ -46,7 +46,7 @@ def reference_pictures(source: str, resolution: int, limit: int | None, batch_si
             try:
                 if isinstance(data, Problem):
                     raise Unusable(data.reason)
-                yield torch.from_numpy(transform(open_image(data), config, rng)[0].copy())
+                yield torch.from_numpy(transform(open_picture(data), config, rng)[0].copy())
             except Unusable as error:
                 skipped[error.args[0]] += 1
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import encode_image
 from data_tools import GREY, config, read_one, shard_of, take
-from PIL import Image
+from PIL import ExifTags, Image, JpegImagePlugin
 
 from lcm.data import pictures
 from lcm.data.loader import TrainingData
@@ -157,7 +157,7 @@ def test_the_first_frame_of_an_animation_counts(tmp_path):
 
 
 def test_running_out_of_memory_is_no_unreadable_picture(tmp_path, monkeypatch):
-    def transpose(image):
+    def transpose(image, in_place):
         raise MemoryError
 
     monkeypatch.setattr(pictures.ImageOps, "exif_transpose", transpose)
@@ -165,3 +165,34 @@ def test_running_out_of_memory_is_no_unreadable_picture(tmp_path, monkeypatch):
     for num_workers in (0, 2):
         with pytest.raises(UserError, match=r"^--shuffle_buffer_mb: out of memory .*--dataloader_num_workers"):
             take(TrainingData(config(path, num_workers=num_workers)), 1)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_smaller(tmp_path, monkeypatch, orientation):
+    """At 1/2, 1/4 or 1/8 of its size, where that is not below the resolution; what is told about it stays the same."""
+    row, column = np.mgrid[:76, :130]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture = np.stack([row * 3, column, row + column], 2).astype(np.uint8)
+    data = encode_image(picture, "jpg", quality=100, subsampling=0, exif=exif)
+    decoded = []
+    monkeypatch.setattr(pictures, "resize", lambda p, c, resize=pictures.resize: decoded.append(p) or resize(p, c))
+    resolutions = (16, 19, 20, 38, 39, 76)
+    smaller = [read_one(tmp_path, data, "jpg", resolution) for resolution in resolutions]
+    sizes = [(33, 19), (33, 19), (65, 38), (65, 38), (130, 76), (130, 76)]
+    assert [p.image.size for p in decoded] == [size if orientation == 1 else size[::-1] for size in sizes]
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", lambda *_: None)
+    for batch, resolution in zip(smaller, resolutions, strict=True):
+        whole = read_one(tmp_path, data, "jpg", resolution)
+        assert batch["original_sizes"].tolist() == [[76, 130] if orientation == 1 else [130, 76]]
+        assert batch["original_sizes"].tolist() == whole["original_sizes"].tolist()
+        assert batch["crops"].tolist() == whole["crops"].tolist()
+        assert (batch["pixels"] - whole["pixels"]).abs().max() < 0.05
+    assert {p.image.size for p in decoded[len(sizes) :]} == {decoded[-1].size}
+
+
+def test_other_readers_decode_a_jpeg_whole():
+    """The reference pictures of an evaluation are as they are."""
+    data = encode_image(np.zeros((64, 64, 3), np.uint8), "jpg")
+    assert pictures.open_picture(data).image.size == (64, 64)
+    assert pictures.open_picture(data, 16).image.size == (16, 16)

@@ -14,7 +14,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from PIL import Image
 
 import lcm_common
-from lcm.data.pictures import open_image
+from lcm.data.pictures import open_picture
 from lcm.options import choices, groups, types
 
 
@@ -78,7 +78,7 @@ def test_picture_formats():
     picture = Image.new("RGB", (20, 20), "red")
     for suffix, kind in choices.PICTURE_FORMATS.items():
         assert Image.registered_extensions()[f".{suffix}"] == kind
-        assert open_image(encode_image(picture, suffix)).size == (20, 20)
+        assert open_picture(encode_image(picture, suffix)).size == (20, 20)
 
 
 def test_interpolations():
