@@ -56,7 +56,7 @@ def slug(name: str) -> str:
 def train_and_measure(name: str, more: str, seed: int, folder: Path, args: argparse.Namespace) -> Path:
     """Train one recipe with one seed and measure it; returns the file of its rows. Finished files are kept."""
     result = folder / f"{slug(name)}-{seed}.json"
-    about = [more, args.max_train_steps, args.num_images]
+    about = [more, args.num_images, 0 if name == TEACHER else args.max_train_steps]
     if result.exists() and json.loads(result.read_text())["about"] == about:
         return result
     run.quieten()

@@ -82,6 +82,20 @@ def sample_bytes(origin: Origin, crops: int = 1) -> int:
     return getattr(torch, origin["dtype"]).itemsize * (sum(sizes.values()) + (crops - 1) * sizes["moments"])
 
 
+def check_entries(origin: Origin) -> None:
+    """Raise ValueError for what cannot be the origin of cached samples: another format, or an unreadable entry."""
+    if origin.get("format") != FORMAT:
+        raise ValueError(f"its format is {origin.get('format')}, not {FORMAT}")
+    readers = {"shapes": lambda _: sample_bytes(origin), "scaling_factor": float}
+    for name, read in readers.items():
+        try:
+            is_usable = 0 < read(origin[name]) < math.inf
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
+            is_usable = False
+        if not is_usable:
+            raise ValueError(f"its metadata has {origin.get(name)!r:.40} as {name}")
+
+
 @dataclass(frozen=True)
 class Cache:
     """What the shards of a run have in common if they are cached."""
@@ -109,8 +123,9 @@ def as_cache(first_sample: dict[str, Any]) -> Cache | None:
         return None
     try:
         tensors, origin = unpack(data)
-        if origin.get("format") != FORMAT:
-            raise ValueError(f"its format is {origin.get('format')}, not {FORMAT}")
+        check_entries(origin)
+        if EMBEDDING[0] not in tensors:
+            raise ValueError("it has no embedding of the empty caption")
         return Cache(origin, tuple(tensors[name] for name in EMBEDDING if name in tensors))
     except ValueError as error:
         raise UserError(f"--train_shards_path_or_url: {first_sample['__url__']}: {error}") from None

@@ -45,7 +45,7 @@ class Session:
         self.accelerator, self.args, self.plan, self.networks = accelerator, args, plan, networks
         enable_memory_savers(args, accelerator, networks)
         self.data = TrainingData(data_config(args, plan, accelerator.process_index), accelerator.device)
-        optimizer = make_optimizer(args, plan, networks.trainable_parameters(), accelerator.device)
+        optimizer = make_optimizer(args, plan, networks.trainable_parameters())
         self.lr_scheduler = make_lr_scheduler(args, plan, optimizer)
         self.optimizer = networks.prepare(accelerator, optimizer)
         sampler = student_scheduler(family.noise_schedule, args)

@@ -13,12 +13,10 @@ from lcm.options.types import Options
 logger = logging.getLogger(__name__)
 
 
-def make_optimizer(
-    args: Options, plan: Plan, parameters: list[torch.nn.Parameter], device: torch.device
-) -> torch.optim.Optimizer:
+def make_optimizer(args: Options, plan: Plan, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW, or bitsandbytes' 8-bit AdamW. Logs the effective learning rate.
 
-    On a GPU AdamW is fused: torch's default there makes temporary tensors of the size of all trained weights.
+    AdamW is fused: torch's default makes temporary tensors of the size of all trained weights on a GPU, and is slower.
     """
     rate = args.learning_rate
     if args.scale_lr:
@@ -26,7 +24,7 @@ def make_optimizer(
     module, name = OPTIMIZERS["adamw_8bit" if args.use_8bit_adam else "adamw"]
     optimizer_class = getattr(importlib.import_module(module), name)
     logger.info("Optimizer: %s, learning rate %g, %s", optimizer_class.__name__, rate, args.lr_scheduler)
-    more = {"fused": True} if name == "AdamW" and device.type == "cuda" else {}
+    more = {"fused": True} if name == "AdamW" else {}
     return optimizer_class(
         parameters,
         lr=rate,

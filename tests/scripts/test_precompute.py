@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections import namedtuple
@@ -324,6 +325,9 @@ def test_pictures_among_cached_shards_are_counted(sd, shards, tmp_path, capsys):
 ORIGIN = {"format": cache.FORMAT, "shapes": '{"hidden_states": [2, 3], "moments": [4, 2, 2], "original_size": [2]}'}
 
 
+DELETED = object()
+
+
 def tensors(**other):
     return {
         "moments": torch.zeros(3, 4, 2, 2),
@@ -379,6 +383,31 @@ def test_a_first_member_of_any_bytes(tmp_path, data):
     write_tar(tmp_path / "a.tar", [("0.safetensors", data), ("0.empty.safetensors", data), ("0.txt", b"x")])
     with pytest.raises(UserError, match=r"^--train_shards_path_or_url: .*a\.tar: "):
         find_cache([str(tmp_path / "a.tar")], 10)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["moments", "x"]), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@FEW_EXAMPLES
+@given(st.sampled_from(["format", "shapes", "dtype", "scaling_factor"]), JSON | JSON.map(json.dumps) | st.just(DELETED))
+def test_a_manifest_of_any_content(tmp_path, name, value):
+    """What made the samples is missing or nonsense: one line, or sizes that can be computed."""
+    origin = {**ORIGIN, "dtype": "float32", "scaling_factor": "0.18", name: value}
+    if value is DELETED:
+        del origin[name]
+    data = cache.pack(tensors(), origin)
+    write_tar(tmp_path / "a.tar", [("0.safetensors", data), ("0.empty.safetensors", data), ("0.txt", b"x")])
+    try:
+        found = find_cache([str(tmp_path / "a.tar")], 10)
+    except UserError as error:
+        assert re.match(r"--train_shards_path_or_url: .*a\.tar: its (format|metadata)", str(error))
+        return
+    assert cache.sample_bytes(found.origin) > 0 and float(found.origin["scaling_factor"]) > 0
+    assert value is not DELETED and name != "format"
 
 
 def test_batches_of_cached_samples(sd):
