@@ -42,6 +42,8 @@ RECIPES = {
     "unguided, phased": f"--target phased --num_phases 4 {UNGUIDED}",
     "two solver steps": "--target lcm --num_solver_steps 2",
 }
+# Next to no pictures while it trains.
+FEW_PICTURES = "--validation_steps 1000000 --validation_teacher_steps --validation_num_inference_steps 1".split()
 TEACHER = "teacher"
 PUBLIC = "public script"
 # Options of the demo's command that the public scripts do not have, or read in another way.
@@ -76,7 +78,7 @@ def train_and_measure(name: str, more: str, seed: int, folder: Path, args: argpa
     else:
         shutil.rmtree(student, ignore_errors=True)
         about_run = (str(student), args.lora, seed, args.max_train_steps)
-        command = run.training_command(*about_run, shlex.split(more))
+        command = run.training_command(*about_run, [*FEW_PICTURES, *shlex.split(more)])
         if name == PUBLIC:
             known = {k: value for k, value in run.training_options(*about_run).items() if k not in NOT_PUBLIC}
             more_of_theirs = {"max_train_samples": 4000, "validation_steps": 1_000_000}

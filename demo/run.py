@@ -105,11 +105,13 @@ def as_arguments(options: dict[str, Any]) -> list[str]:
 
 
 def training_command(folder: str, lora: bool, seed: int, max_train_steps: int, more: Sequence[str] = ()) -> list[str]:
-    """The command that trains a student of the demo's teacher; `more` are further options of the script."""
+    """The command that trains a student of the demo's teacher; `more` are further options, in place of the demo's."""
     script = f"train_lcm_distill_{'lora_sd' if lora else 'sd'}_wds.py"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     command += ["--mixed_precision=no", "--dynamo_backend=no", script]
-    return [*command, *as_arguments(training_options(folder, lora, seed, max_train_steps)), *more]
+    given = {word.partition("=")[0] for word in more}  # in place of the demo's
+    options = training_options(folder, lora, seed, max_train_steps).items()
+    return [*command, *as_arguments({name: value for name, value in options if f"--{name}" not in given}), *more]
 
 
 def train(args: argparse.Namespace) -> None:

@@ -103,7 +103,8 @@ def read_sample(sample: Sample, config: DataConfig, rng: np.random.Generator) ->
     suffix = next((s for s in PICTURE_FORMATS if sample.get(s) is not None), None)
     if suffix is None:
         found = ", ".join(f".{name}" for name in sample if not name.startswith("__"))
-        raise Unusable("no picture", f"there is {found}, but no .{', .'.join(PICTURE_FORMATS)}")
+        reason = "cached, unlike the first shard" if SUFFIX in sample else "no picture"
+        raise Unusable(reason, f"there is {found}, but no .{', .'.join(PICTURE_FORMATS)}")
     info = read_json(sample)
     caption = read_caption(sample, info, config.caption_key, rng)
     unscored = check_watermark(sample, info, config)

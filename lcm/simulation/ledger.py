@@ -67,6 +67,7 @@ class Ledger(TorchDispatchMode):
         self.phase_peaks: Counter[str] = Counter()
         self.flops: dict[str, Counter[str]] = defaultdict(Counter)  # phase: {dtype: FLOPs}
         self.bytes_moved: Counter[str] = Counter()  # by phase
+        self.kernels: Counter[str] = Counter()  # by phase: operations that read or write memory of the device
         self.float32_places: Counter[tuple[str, str]] = Counter()  # (phase, place): FLOPs in float32
         self.float64_places: Counter[tuple[str, str]] = Counter()
         self.waits.clear()
@@ -188,7 +189,7 @@ class Ledger(TorchDispatchMode):
     def count(
         self, func: Any, args: Any, kwargs: Any, output: Any, inputs: list[torch.Tensor], on_device: list[torch.Tensor]
     ) -> None:
-        """Add up FLOPs and bytes of one operation on the device."""
+        """Add up FLOPs, bytes and kernels of one operation on the device."""
         from_device = [tensor for tensor in inputs if tensor.device.type == self.device_type]
         if not on_device and not from_device:
             return
@@ -196,6 +197,7 @@ class Ledger(TorchDispatchMode):
         written = [tensor for tensor in on_device if tensor.untyped_storage()._cdata not in read]
         if written or func._schema.is_mutable:
             self.bytes_moved[self.phase] += sum(t.numel() * t.element_size() for t in (*from_device, *written))
+            self.kernels[self.phase] += 1
         if func._overloadpacket in flop_registry:
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
             dtype = str(from_device[0].dtype).removeprefix("torch.")

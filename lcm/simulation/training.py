@@ -57,6 +57,7 @@ class Step:
     phase_peaks: dict[str, int]
     flops: dict[str, dict[str, int]]  # {phase: {dtype: FLOPs}}
     bytes_moved: dict[str, int]  # by phase
+    kernels: dict[str, int]  # by phase: operations that read or write memory of the device
     waits: list[tuple[str, str, str, int]]  # phase, kind, place, how often
     float32_places: list[tuple[str, str, int]]  # phase, place, FLOPs
     float64_places: list[tuple[str, str, int]]  # phase, place, operations
@@ -379,6 +380,7 @@ class Simulation:
             dict(ledger.phase_peaks),
             {phase: dict(flops) for phase, flops in ledger.flops.items()},
             dict(ledger.bytes_moved),
+            dict(ledger.kernels),
             [(*key, count) for key, count in sorted(ledger.waits.items())],
             [(*key, count) for key, count in ledger.float32_places.most_common()],
             [(*key, count) for key, count in ledger.float64_places.most_common()],

@@ -320,6 +320,8 @@ def test_pictures_among_cached_shards_are_counted(sd, shards, tmp_path, capsys):
     mixed = replace(sd, shards=f"{sd.shards}::{shards}")
     mixed.main(tmp_path / "out", "--center_crop", "--max_train_steps=12")
     assert "x not cached" in capsys.readouterr().out
+    replace(sd, shards=f"{shards}::{sd.shards}").main(tmp_path / "other", "--max_train_steps=12")
+    assert "x cached, unlike the first shard" in capsys.readouterr().out
 
 
 ORIGIN = {"format": cache.FORMAT, "shapes": '{"hidden_states": [2, 3], "moments": [4, 2, 2], "original_size": [2]}'}
@@ -393,7 +395,9 @@ JSON = st.recursive(
 
 
 @FEW_EXAMPLES
-@given(st.sampled_from(["format", "shapes", "dtype", "scaling_factor"]), JSON | JSON.map(json.dumps) | st.just(DELETED))
+@given(
+    st.sampled_from(["format", "shapes", "dtype", "scaling_factor"]), JSON | JSON.map(json.dumps) | st.just(DELETED)
+)
 def test_a_manifest_of_any_content(tmp_path, name, value):
     """What made the samples is missing or nonsense: one line, or sizes that can be computed."""
     origin = {**ORIGIN, "dtype": "float32", "scaling_factor": "0.18", name: value}

@@ -1,0 +1,172 @@
+"""How the cost of a run grows: python benchmarks/growth.py [work] [shards] [length] [processes]
+
+work        TFLOPs and peak memory of a step with batch size, resolution and rank: LoRA of SD 1.5 in fp16 with gradient
+            checkpointing, on a simulated GPU
+shards      seconds to the first batch, and memory of a run and its data worker, with 10 to 100,000 shards
+length      steps a second and memory of a run after 100 to 10,000 steps, tiny networks
+processes   images a second of 1 and 2 processes that share the cores: the demo's teacher
+
+Prints a table for each; all of them, if none is named. Memory is the resident set in MB of 10^6 bytes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+DEMO = ROOT / "demo"
+Rows = list[list[str]]
+
+
+def table(head: str, rows: Rows) -> str:
+    """Rows as Markdown under a head such as "a | b"."""
+    lines = [f"| {head} |", "| --- " * (head.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def work(folder: Path) -> str:
+    """Simulated steps."""
+    from benchmarks import configs
+    from benchmarks.step_costs import measured, options, total
+    from lcm.simulation.many import Command, num_cores
+
+    configs.main(folder)
+    given = [*options(folder, "lora_sd", 12), "--train_shards_path_or_url=pictures.tar"]
+    changes = [
+        *(("batch size", "train_batch_size", n) for n in (1, 4, 12, 24)),
+        *(("resolution", "resolution", n) for n in (512, 768, 1024)),
+        *(("rank", "lora_rank", n) for n in (4, 64, 256)),
+    ]
+    with ThreadPoolExecutor(num_cores()) as pool:
+        command = Command("train_lcm_distill_lora_sd_wds", tuple(given))
+        jobs = [("own", command.with_more([f"--{option}={n}"])) for _, option, n in changes]
+        answers = [pool.submit(measured, job, str(folder / f"{i}.log")) for i, job in enumerate(jobs)]
+        rows = [
+            [f"{what} {n}", f"{total(found['TFLOPs']):.1f}", f"{found['peak GB']:.1f}"]
+            for (what, _, n), found in zip(changes, (answer.result() for answer in answers), strict=True)
+        ]
+    return table("batch 12, 512 px, rank 64, but | TFLOPs | peak GB", rows)
+
+
+def trainer(folder: Path, *more: str, demo: bool = False) -> list[str]:
+    """A training command on tiny networks, or on the demo's."""
+    from conftest import make_teacher, write_shards
+
+    teacher, shards, resolution = DEMO / "teacher", DEMO / "shards" / "train-{00000..00003}.tar", 64
+    if not demo:
+        teacher, resolution = folder / "teacher", 16
+        shards = folder / "shards" / "{00000..00001}.tar"
+        if not teacher.exists():
+            make_teacher(teacher)
+            write_shards(folder / "shards", num_shards=2, samples_per_shard=200)
+    return [
+        "train_lcm_distill_sd_wds.py", f"--pretrained_teacher_model={teacher}", f"--resolution={resolution}",
+        f"--train_shards_path_or_url={shards}", f"--output_dir={folder / 'out'}", "--seed=0", "--report_to=none",
+        "--validation_teacher_steps", "--validation_steps=1000000", "--checkpointing_steps=1000000", *more,
+    ]  # fmt: skip
+
+
+def watched(command: list[str], until: Callable[[int], bool], log: Path) -> tuple[float, list[int]]:
+    """Run a command until `until(seconds since its start)` or its end; returns (seconds, resident sets in bytes of
+    it and its children)."""
+    import psutil
+
+    with open(log, "wb") as file:
+        start = time.perf_counter()
+        process = psutil.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=file)
+        while process.poll() is None and not until(int(time.perf_counter() - start)):
+            time.sleep(0.05)
+        seconds = time.perf_counter() - start
+        if process.poll() not in (None, 0):
+            raise SystemExit(log.read_bytes()[-2000:].decode(errors="replace"))
+        sizes = [one.memory_info().rss for one in (process, *process.children())] if process.poll() is None else []
+        process.kill()
+        process.wait()
+    return seconds, sizes
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl so far."""
+    path = folder / "out" / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def shards(folder: Path) -> str:
+    """Many names of two shards."""
+    rows = []
+    trainer(folder)
+    for count in (10, 1000, 100_000):
+        many = folder / f"many-{count}"
+        many.mkdir()
+        for i in range(count):
+            os.symlink(folder / "shards" / f"{i % 2:05d}.tar", many / f"{i:06d}.tar")
+        more = [f"--train_shards_path_or_url={many}/{{000000..{count - 1:06d}}}.tar", "--dataloader_num_workers=1"]
+        more += ["--train_batch_size=4", "--max_train_steps=100000", "--logging_steps=1", "--shuffle_buffer_size=100"]
+        seconds, sizes = watched(trainer(folder, *more), lambda _: len(metrics(folder)) >= 1, folder / "log")
+        rows.append([f"{count:,}", f"{seconds:.1f}", *(f"{size / 1e6:.0f}" for size in sizes[:2])])
+        subprocess.run(["rm", "-rf", folder / "out"], check=True)
+    return table("shards | s to the first step | MB, training process | MB, data worker", rows)
+
+
+def length(folder: Path) -> str:
+    """A long run."""
+    rows = []
+    more = ["--train_batch_size=1", "--max_train_steps=10001", "--logging_steps=50", "--dataloader_num_workers=1"]
+    marks = [100, 1000, 10_000]
+
+    def is_reached(mark: int) -> bool:
+        found = metrics(folder)
+        return bool(found) and found[-1]["step"] >= mark
+
+    import psutil
+
+    with open(folder / "log", "wb") as file:
+        process = psutil.Popen([sys.executable, *trainer(folder, *more)], cwd=ROOT, stdout=file, stderr=file)
+        for mark in marks:
+            while not is_reached(mark) and process.poll() is None:
+                time.sleep(0.1)
+            sizes = [one.memory_info().rss / 1e6 for one in (process, *process.children())]
+            speed = next(row["images_per_second"] for row in metrics(folder) if row["step"] == mark)
+            rows.append([f"{mark:,}", f"{speed:.1f}", *(f"{size:.0f}" for size in sizes[:2])])
+        process.kill()
+        process.wait()
+    return table("step | steps / s, over 50 steps | MB, training process | MB, data worker", rows)
+
+
+def processes(folder: Path) -> str:
+    """One and two processes."""
+    rows = []
+    for count in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        more = ["--train_batch_size=16", "--max_train_steps=40", "--logging_steps=20", "--loss_type=huber"]
+        os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        watched([*launch, *trainer(folder, *more, demo=True)], lambda _: False, folder / "log")
+        rows.append([str(count), f"{metrics(folder)[-1]['images_per_second']:.1f}"])
+        subprocess.run(["rm", "-rf", folder / "out"], check=True)
+    return table("processes, one core each | images / s", rows)
+
+
+def main() -> None:
+    parts = {"work": work, "shards": shards, "length": length, "processes": processes}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(parts)}; default: all")
+    chosen = parser.parse_args().parts or list(parts)
+    for name in chosen:
+        if name not in parts:
+            parser.error(f"PART: {name!r}; allowed: {', '.join(parts)}")
+        with tempfile.TemporaryDirectory() as folder:
+            print(parts[name](Path(folder)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
