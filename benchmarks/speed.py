@@ -1,7 +1,7 @@
 """Seconds a step of the training scripts: on pictures, on cached shards, and beside diffusers' scripts.
 
     python benchmarks/speed.py
-    python benchmarks/speed.py --public path/to/diffusers/examples/consistency_distillation --public_prefix PYTHON
+    python benchmarks/speed.py --public path/to/diffusers/examples/consistency_distillation --public_python PYTHON
     python benchmarks/speed.py --teacher sd15 --scripts lora_sd -- --mixed_precision=fp16
 
 Trains on the demo's teacher (`tiny`), or on one of the size of SD 1.5 or SDXL with random weights, and on shards of
@@ -15,11 +15,8 @@ images / s     the batch size divided by that
 ratio          to the public script on pictures, in CPU seconds without a GPU and in seconds with one: the median of
                the rounds, and their range
 
-With `--public`, diffusers' scripts run with the same options. They need packages that are not in our requirements:
-torchvision, and webdataset 0.2.x (with 1.x they stop at the end of a shard). `--public_prefix` is the command that
-runs them: the Python of another virtual environment. They assume texts of 77 tokens; with `tiny` the number in a copy
-is replaced by the teacher's. Without a GPU, a public script may take long for its bf16 autocast of the teacher; a CPU
-without bf16 emulates it.
+With `--public`, diffusers' scripts run with the same options, by benchmarks/run_public.py, which says what it needs:
+`--public_python` is the Python of a virtual environment that has it.
 """
 
 import argparse
@@ -71,11 +68,8 @@ def variants(args: argparse.Namespace, folder: Path, kind: str) -> dict[str, lis
         "cached": [*own, f"--train_shards_path_or_url={cached}", "--shuffle_buffer_size=100"],
     }
     if args.public:
-        tokens = json.loads((teacher / "tokenizer" / "tokenizer_config.json").read_text())["model_max_length"]
-        code = (Path(args.public) / script).read_text().replace("max_length=77", f"max_length={tokens}")
-        (folder / script).write_text(code.replace("check_min_version(", "# check_min_version("))
-        prefix = shlex.split(args.public_prefix) if args.public_prefix else [sys.executable]
-        found = {"public": [*prefix, str(folder / script), *common, f"--train_shards_path_or_url={pictures}"]} | found
+        runner = [args.public_python, str(ROOT / "benchmarks" / "run_public.py"), str(Path(args.public, script))]
+        found = {"public": [*runner, *common, f"--train_shards_path_or_url={pictures}"]} | found
     return found
 
 
@@ -146,7 +140,7 @@ def main() -> None:
     add("--long", type=int, default=24, help="steps of the long run (default: 24)")
     add("--rounds", type=int, default=3, help="(default: 3)")
     add("--public", metavar="FOLDER", help="folder of diffusers' scripts")
-    add("--public_prefix", metavar="COMMAND", help="command that runs a public script (default: this Python)")
+    add("--public_python", metavar="PATH", default=sys.executable, help="Python that runs them (default: this one)")
     add("--json", default="speed.json", metavar="FILE", help="where the rows are written")
     add("more", nargs="*", metavar="OPTION", help="after --: options of all scripts")
     args = parser.parse_args()

@@ -11,9 +11,9 @@ kernels    operations that read or write memory of the device
 waits      how often the host waits for the device
 peak GB    of memory in a step, in 10^9 bytes
 
-and writes the figures of each phase to step_costs.json. Needs no weights, no GPU, and 5 minutes on two cores. Diffusers'
-scripts run as they are, but for their version check: their networks are made from configuration files, their batches
-hold zeros, and a stand-in is there for torchvision, which only their data loader uses.
+and writes the figures of each phase to step_costs.json. Ours are of a step that is not logged, as most are. Needs no
+weights and no GPU. The scripts of diffusers run as they are, but for their version check: networks come from
+configuration files, batches hold zeros, and a stand-in is there for torchvision, which only their data loader uses.
 """
 
 import argparse
@@ -32,8 +32,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import configs
 from lcm.simulation.many import SERVER, Command, num_cores

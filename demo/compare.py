@@ -43,7 +43,7 @@ RECIPES = {
     "two solver steps": "--target lcm --num_solver_steps 2",
 }
 # Next to no pictures while it trains.
-FEW_PICTURES = "--validation_steps 1000000 --validation_teacher_steps --validation_num_inference_steps 1".split()
+FEW_PICTURES = ["--validation_steps=1000000", "--validation_teacher_steps", "--validation_num_inference_steps=1"]
 TEACHER = "teacher"
 PUBLIC = "public script"
 # Options of the demo's command that the public scripts do not have, or read in another way.
@@ -64,6 +64,7 @@ def train_and_measure(name: str, more: str, seed: int, folder: Path, args: argpa
     run.quieten()
     import evaluate
     import torch
+    from safetensors.torch import load_file, save_file
 
     from lcm.models.lora_files import DIFFUSERS_FILE
 
@@ -90,7 +91,9 @@ def train_and_measure(name: str, more: str, seed: int, folder: Path, args: argpa
             scheduler = evaluate.samplers.make_scheduler("lcm", pipe.scheduler, original_inference_steps=run.GRID)
             scheduler.save_pretrained(student / "scheduler")
             if args.lora:
-                (student / "unet_lora" / DIFFUSERS_FILE).rename(student / DIFFUSERS_FILE)
+                weights = load_file(student / "unet_lora" / DIFFUSERS_FILE)  # with keys that diffusers cannot load
+                weights = {key.replace("base_model.model.", ""): tensor for key, tensor in weights.items()}
+                save_file(weights, student / DIFFUSERS_FILE)
         pipe, _ = evaluate.load_student(student)
         pipes = {steps: [(pipe, 1.0 if args.lora else scale)] for steps in STEPS}
     seconds = time.perf_counter() - start
@@ -153,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--recipes", nargs="*", choices=list(RECIPES), default=list(RECIPES), help="default: all", metavar="NAME")
     add("--add", nargs="+", default=[], metavar="NAME=OPTIONS", help="further recipes")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    add("--max_train_steps", type=int, default=700, help="optimizer steps of every run (default: 700)")
+    add("--max_train_steps", type=int, default=500, help="optimizer steps of every run (default: 500)")
     add("--num_images", type=int, default=500, help="pictures of every figure (default: 500)")
     add("--jobs", type=int, default=1, help="runs at the same time, which share the cores (default: 1)")
     add("--public_script", metavar="COMMAND", help="also run a public script: its path, after a Python if need be")

@@ -64,3 +64,13 @@ def test_memory_as_the_allocator_counts_it(name, teacher, shards, tmp_path, monk
     assert allocated > 10e6
     assert counted == pytest.approx(allocated, rel=0.02)
     assert step["peak"] - step["start"] == pytest.approx(allocated, rel=0.02)
+
+
+def test_kernels_are_operations_that_touch_memory():
+    """Not views; one for each operation that writes, in its phase."""
+    ledger = Ledger("cpu")
+    with ledger:
+        ones = torch.ones(4)
+        with ledger.within("sum"):
+            (ones + ones).view(2, 2).T.add_(1)
+    assert ledger.kernels == {"start": 1, "sum": 2} and ledger.bytes_moved == {"start": 16, "sum": 48 + 16}
