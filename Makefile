@@ -14,6 +14,7 @@ OLDEST_TESTS := \
 	"tests/scripts/test_train.py::test_closing_lines_can_be_run[lora_sdxl]" \
 	"tests/scripts/test_train.py::test_public_command_and_what_it_pushes[sdxl]" \
 	tests/data/test_pictures.py::test_picture_formats tests/data/test_samples.py::test_what_cannot_be_used_is_counted \
+	"tests/scripts/test_precompute.py::test_what_is_stored[sd]" \
 	tests/data/test_commands.py::test_a_pipe tests/data/test_positions.py::test_resume_is_exact_with_workers \
 	tests/evaluation/test_evaluate.py::test_pictures_are_those_of_the_readmes_code \
 	tests/evaluation/test_evaluate.py::test_clip

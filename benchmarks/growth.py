@@ -2,7 +2,7 @@
 
 work        TFLOPs and peak memory of a step with batch size, resolution and rank: LoRA of SD 1.5 in fp16 with gradient
             checkpointing, on a simulated GPU
-shards      seconds to the first batch, and memory of a run and its data worker, with 10 to 100,000 shards
+shards      seconds to the first step, and memory of a run and its data worker, with 10 to 100,000 shards
 length      steps a second and memory of a run after 100 to 10,000 steps, tiny networks
 processes   images a second of 1 and 2 processes that share the cores: the demo's teacher
 
@@ -10,16 +10,19 @@ Prints a table for each; all of them, if none is named. Memory is the resident s
 """
 
 import argparse
+import contextlib
 import json
 import os
-import subprocess
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -75,84 +78,78 @@ def trainer(folder: Path, *more: str, demo: bool = False) -> list[str]:
     ]  # fmt: skip
 
 
-def watched(command: list[str], until: Callable[[int], bool], log: Path) -> tuple[float, list[int]]:
-    """Run a command until `until(seconds since its start)` or its end; returns (seconds, resident sets in bytes of
-    it and its children)."""
-    import psutil
-
-    with open(log, "wb") as file:
-        start = time.perf_counter()
+@contextlib.contextmanager
+def started(command: list[str], folder: Path) -> Iterator[psutil.Popen]:
+    """A running Python with these arguments; it is killed at the end. Its output goes to folder/log."""
+    with open(folder / "log", "wb") as file:
         process = psutil.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=file)
-        while process.poll() is None and not until(int(time.perf_counter() - start)):
-            time.sleep(0.05)
-        seconds = time.perf_counter() - start
-        if process.poll() not in (None, 0):
-            raise SystemExit(log.read_bytes()[-2000:].decode(errors="replace"))
-        sizes = [one.memory_info().rss for one in (process, *process.children())] if process.poll() is None else []
-        process.kill()
-        process.wait()
-    return seconds, sizes
+        try:
+            yield process
+        finally:
+            for one in (*process.children(recursive=True), process):
+                one.kill()
+            process.wait()
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl so far."""
+def wait_for_step(process: psutil.Popen, folder: Path, step: int) -> dict[str, Any]:
+    """The row of metrics.jsonl of this step, as soon as it is there. Raises SystemExit if the run ends before."""
     path = folder / "out" / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    while True:
+        has_ended = process.poll() is not None
+        lines = path.read_text().splitlines() if path.exists() else []
+        for row in (json.loads(line) for line in lines if line.endswith("}")):
+            if row["step"] == step:
+                return row
+        if has_ended:
+            raise SystemExit((folder / "log").read_bytes()[-2000:].decode(errors="replace"))
+        time.sleep(0.05)
+
+
+def resident(process: psutil.Popen) -> list[str]:
+    """Resident memory in MB of a run and of its data worker."""
+    return [f"{one.memory_info().rss / 1e6:.0f}" for one in (process, *process.children())][:2]
 
 
 def shards(folder: Path) -> str:
     """Many names of two shards."""
     rows = []
-    trainer(folder)
+    more = ["--train_batch_size=4", "--max_train_steps=100000", "--logging_steps=1", "--dataloader_num_workers=1"]
     for count in (10, 1000, 100_000):
-        many = folder / f"many-{count}"
+        command, many = trainer(folder, *more, "--shuffle_buffer_size=100"), folder / f"many-{count}"
         many.mkdir()
         for i in range(count):
             os.symlink(folder / "shards" / f"{i % 2:05d}.tar", many / f"{i:06d}.tar")
-        more = [f"--train_shards_path_or_url={many}/{{000000..{count - 1:06d}}}.tar", "--dataloader_num_workers=1"]
-        more += ["--train_batch_size=4", "--max_train_steps=100000", "--logging_steps=1", "--shuffle_buffer_size=100"]
-        seconds, sizes = watched(trainer(folder, *more), lambda _: len(metrics(folder)) >= 1, folder / "log")
-        rows.append([f"{count:,}", f"{seconds:.1f}", *(f"{size / 1e6:.0f}" for size in sizes[:2])])
-        subprocess.run(["rm", "-rf", folder / "out"], check=True)
-    return table("shards | s to the first step | MB, training process | MB, data worker", rows)
+        command = [word for word in command if not word.startswith("--train_shards")]
+        command.append(f"--train_shards_path_or_url={many}/{{000000..{count - 1:06d}}}.tar")
+        start = time.perf_counter()
+        with started(command, folder) as process:
+            wait_for_step(process, folder, 1)
+            rows.append([f"{count:,}", f"{time.perf_counter() - start:.1f}", *resident(process)])
+        shutil.rmtree(folder / "out")
+    return table("shards | s to the end of the first step | MB, training process | MB, data worker", rows)
 
 
 def length(folder: Path) -> str:
     """A long run."""
     rows = []
     more = ["--train_batch_size=1", "--max_train_steps=10001", "--logging_steps=50", "--dataloader_num_workers=1"]
-    marks = [100, 1000, 10_000]
-
-    def is_reached(mark: int) -> bool:
-        found = metrics(folder)
-        return bool(found) and found[-1]["step"] >= mark
-
-    import psutil
-
-    with open(folder / "log", "wb") as file:
-        process = psutil.Popen([sys.executable, *trainer(folder, *more)], cwd=ROOT, stdout=file, stderr=file)
-        for mark in marks:
-            while not is_reached(mark) and process.poll() is None:
-                time.sleep(0.1)
-            sizes = [one.memory_info().rss / 1e6 for one in (process, *process.children())]
-            speed = next(row["images_per_second"] for row in metrics(folder) if row["step"] == mark)
-            rows.append([f"{mark:,}", f"{speed:.1f}", *(f"{size:.0f}" for size in sizes[:2])])
-        process.kill()
-        process.wait()
+    with started(trainer(folder, *more), folder) as process:
+        for step in (100, 1000, 10_000):
+            row = wait_for_step(process, folder, step)
+            rows.append([f"{step:,}", f"{row['images_per_second']:.1f}", *resident(process)])
     return table("step | steps / s, over 50 steps | MB, training process | MB, data worker", rows)
 
 
 def processes(folder: Path) -> str:
     """One and two processes."""
     rows = []
+    more = ["--train_batch_size=16", "--max_train_steps=40", "--logging_steps=20", "--loss_type=huber"]
+    os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for count in (1, 2):
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        more = ["--train_batch_size=16", "--max_train_steps=40", "--logging_steps=20", "--loss_type=huber"]
-        os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        watched([*launch, *trainer(folder, *more, demo=True)], lambda _: False, folder / "log")
-        rows.append([str(count), f"{metrics(folder)[-1]['images_per_second']:.1f}"])
-        subprocess.run(["rm", "-rf", folder / "out"], check=True)
+        with started([*launch, *trainer(folder, *more, demo=True)], folder) as process:
+            rows.append([str(count), f"{wait_for_step(process, folder, 40)['images_per_second']:.1f}"])
+        shutil.rmtree(folder / "out")
     return table("processes, one core each | images / s", rows)
 
 

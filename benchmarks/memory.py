@@ -7,10 +7,9 @@ Makes a teacher with a U-Net of 210 M parameters and small shards in a temporary
 trains a few steps with batch size 1 on small pictures, so that the weights take nearly all the memory. Prints a table,
 in MB of 10^6 bytes. The full script takes 7 GB of memory. Linux only.
 
-With `--public`, diffusers' scripts run with the same options. They need packages that are not in our requirements:
-torchvision, and webdataset 0.2.x (with 1.x they stop at the end of a shard). `--public_prefix` is the command that
-runs them: the Python of another virtual environment, or a command that runs, in its own process, the script that
-follows it.
+With `--public`, diffusers' scripts run with the same options. `--public_prefix` is the command that runs, in its own
+process, the script that follows it: "PYTHON benchmarks/run_public.py", with the Python of another virtual environment.
+benchmarks/run_public.py says what that needs.
 
 weights    the expected memory of the weights, from the numbers of parameters. The full script holds 6 float32 copies
            of the U-Net: teacher, student, target, gradients, two moments. A LoRA script holds 4 of the adapter:

@@ -1,7 +1,7 @@
 """Runs one of diffusers' training scripts from a checkout: python benchmarks/run_public.py SCRIPT OPTIONS
 
-It needs a virtual environment with torch, diffusers, transformers, accelerate, peft, braceexpand, and webdataset 0.2.x
-(`pip install "webdataset<0.3"`; with 1.x the scripts stop at the end of a shard). The script runs as it is, but for
+It needs a virtual environment with torch, diffusers, transformers, accelerate, peft, braceexpand, and webdataset
+0.2.86 (with 0.2.111 and 1.x they stop at the end of a shard). The script runs as it is, but for
 
 - torchvision: if it is not installed, by functions of Pillow that do the same to a picture;
 - the check for a development version of diffusers, which is left out;

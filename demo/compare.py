@@ -118,7 +118,7 @@ def cell(values: list[float], form: str, factor: float = 1) -> str:
 def as_markdown(rows: list[dict[str, Any]]) -> str:
     """A table with a line for each recipe and a column for each number of steps."""
     columns = sorted({row["steps"] for row in rows})
-    lines = ["| " + " | ".join(["recipe", *(f"{steps} steps" for steps in columns)]) + " |"]
+    lines = ["| " + " | ".join(["recipe", *(f"{steps} step{'s' * (steps > 1)}" for steps in columns)]) + " |"]
     lines.append("| --- " * (len(columns) + 1) + "|")
     for name in dict.fromkeys(row["name"] for row in rows):
         cells = []

@@ -37,7 +37,7 @@ TEACHER_SAMPLERS = {
     50: [("ddim", 3.0)],
     8: [("dpm++-trailing", 3.0)],
     4: [("dpm++-trailing", 3.0)],
-    2: [("ddim-trailing", 3.0), ("dpm++-trailing", 3.0)],
+    2: [("dpm++-trailing", 2.0)],
     1: [("ddim-trailing", 3.0)],
 }
 # Of the targets that compare.py compares, the one that is best at 2 steps and good at all (docs/targets.md).

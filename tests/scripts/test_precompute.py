@@ -168,7 +168,7 @@ def test_killed_at_any_moment(teacher, shards, tmp_path):
         writer.webdataset.TarWriter.write = write_or_die
         precompute_lcm.main(options(teacher, shards, tmp_path / "killed"))
 
-    for moment in (0, 1, 9, 10, 11, 19, 20, 29):
+    for moment in sorted({*range(0, 30, 2), 1, 9, 11, 19, 29}):
         shutil.rmtree(tmp_path / "killed", ignore_errors=True)
         assert forked(lambda moment=moment: dying_at(moment)).returncode == -signal.SIGKILL
         complete = [path.name for path in (tmp_path / "killed").glob("*.tar")]
