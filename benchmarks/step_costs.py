@@ -17,14 +17,12 @@ configuration files, batches hold zeros, and a stand-in is there for torchvision
 """
 
 import argparse
-import contextlib
-import importlib
 import json
 import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -96,19 +94,15 @@ def figures(step: Any) -> Figures:
     }
 
 
-def simulate_own(command: Command) -> Figures:
-    """One of our scripts, in a step that is not logged: most are not."""
+def simulate_own(command: Command, send: Callable[[Figures], None]) -> None:
+    """Send the figures of one of our scripts, in a step that is not logged: most are not."""
     step = command.run().steps[-1]
     del step.bytes_moved["check"], step.kernels["check"]
-    return figures(step)
+    send(figures(step))
 
 
-class Finished(Exception):
-    """Ends a script after its second step."""
-
-
-def simulate_public(path: Path, given: list[str]) -> Figures:
-    """One of diffusers' scripts, from its file."""
+def simulate_public(path: Path, given: list[str], send: Callable[[Figures], None]) -> None:
+    """Send the figures of one of diffusers' scripts, from its file, and end this process after the second step."""
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -118,7 +112,7 @@ def simulate_public(path: Path, given: list[str]) -> Figures:
     from lcm.simulation.training import build
 
     vision = {f"torchvision{name}": mock.MagicMock() for name in ("", ".transforms", ".transforms.functional")}
-    script, device, found = ModuleType("script"), SimulatedCuda(), Figures()
+    script, device = ModuleType("script"), SimulatedCuda()
     with mock.patch.dict(sys.modules, vision):
         code = path.read_text(encoding="utf-8").replace("check_min_version(", "# check_min_version(")
         exec(compile(code, str(path), "exec"), script.__dict__)
@@ -142,8 +136,8 @@ def simulate_public(path: Path, given: list[str]) -> Figures:
             def __iter__(self) -> Iterator[Any]:
                 for number, batch in enumerate(batches(per_gpu_batch_size, resolution)):
                     if number == 2:
-                        found.update(figures(device.ledger))
-                        raise Finished
+                        send(figures(device.ledger))
+                        os._exit(0)  # torch may crash when the tensors of an unfinished script are freed
                     device.ledger.start_step()
                     yield batch if "SDXL" in dataset else batch[:2]
 
@@ -159,9 +153,8 @@ def simulate_public(path: Path, given: list[str]) -> Figures:
     for network, phase in ((UNet2DConditionModel, "U-Nets"), (AutoencoderKL, "VAE"), (CLIPTextModel, "text encoders")):
         device.wrap(network, "encode" if phase == "VAE" else "forward", phase)
     device.patch(sys, "argv", [str(path), *given])
-    with contextlib.suppress(Finished), device:
+    with device:
         script.main(script.parse_args())
-    return found
 
 
 def work(sending: Connection, job: tuple[Any, ...], log: str) -> None:
@@ -171,7 +164,7 @@ def work(sending: Connection, job: tuple[Any, ...], log: str) -> None:
     os.dup2(silence, 2)
     kind, *args = job
     try:
-        sending.send({"own": simulate_own, "public": simulate_public}[kind](*args))
+        {"own": simulate_own, "public": simulate_public}[kind](*args, sending.send)
     except BaseException:
         Path(log).write_text(traceback.format_exc())
         sending.send(None)
@@ -179,12 +172,14 @@ def work(sending: Connection, job: tuple[Any, ...], log: str) -> None:
 
 def measured(job: tuple[Any, ...], log: str) -> Figures:
     """The figures of a job, from a process of its own. Raises SystemExit if it fails."""
-    importlib.import_module("lcm.simulation.many")
     receiving, sending = SERVER.Pipe(duplex=False)
     process = SERVER.Process(target=work, args=(sending, job, log), daemon=True)
     process.start()
     sending.close()
-    answer = receiving.recv()
+    try:
+        answer = receiving.recv()
+    except EOFError:
+        raise SystemExit(f"{job}: its process was killed") from None
     process.join()
     if answer is None:
         raise SystemExit(f"{job}\n{Path(log).read_text()}")
