@@ -37,7 +37,7 @@ def open_picture(data: bytes, shorter_side: int | None = None) -> Picture:
         size = image.size
         if max(size) > MAX_ASPECT_RATIO * min(size):
             raise Unusable("picture too thin", f"{image.width} x {image.height}")
-        if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # turned by 90 degrees
+        if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # turned by 90 degrees
             size = size[1], size[0]
         if shorter_side:
             image.draft(None, (shorter_side, shorter_side))  # type: ignore[arg-type]
