@@ -133,7 +133,7 @@ def main() -> None:
     add("--teacher", choices=SIZES, default="tiny", help="(default: tiny)")
     add("--scripts", nargs="+", choices=("sd", "lora_sd", "sdxl", "lora_sdxl"), help="default: those of the teacher")
     add("--batch_size", type=int, default=4, help="(default: 4)")
-    add("--workers", type=int, default=0, help="--dataloader_num_workers of all scripts (default: 0)")
+    add("--workers", type=int, default=1, help="--dataloader_num_workers of all scripts (default: 1)")
     add("--lora_rank", type=int, default=64, help="and alpha (default: 64)")
     add("--samples", type=int, default=100, help="pictures in each of two shards (default: 100)")
     add("--short", type=int, default=4, help="steps of the short run (default: 4)")
