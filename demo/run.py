@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lora", action="store_true", help="distil a LoRA, into the folder lora of --output_dir")
     parser.add_argument("--output_dir", default="lcm-demo", help="where everything is written (default: lcm-demo)")
     parser.add_argument("--max_train_steps", type=int, default=500, help="optimizer steps (default: 500)")
-    parser.add_argument("--num_images", type=int, default=300, help="pictures a row of the table (default: 300)")
+    parser.add_argument("--num_images", type=int, default=200, help="pictures a row of the table (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="of training and sampling (default: 0)")
     parser.add_argument("--only_compare", action="store_true", help="do not train; sample what is in --output_dir")
     args, args.more = parser.parse_known_args(argv)
