@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,7 @@ def check_entries(origin: Origin) -> None:
     """Raise ValueError for what cannot be the origin of cached samples: another format, or an unreadable entry."""
     if origin.get("format") != FORMAT:
         raise ValueError(f"its format is {origin.get('format')}, not {FORMAT}")
-    readers = {"shapes": lambda _: sample_bytes(origin), "scaling_factor": float}
+    readers: dict[str, Callable[[Any], float]] = {"shapes": lambda _: sample_bytes(origin), "scaling_factor": float}
     for name, read in readers.items():
         try:
             is_usable = 0 < read(origin[name]) < math.inf
