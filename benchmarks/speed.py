@@ -137,7 +137,7 @@ def main() -> None:
     add("--lora_rank", type=int, default=64, help="and alpha (default: 64)")
     add("--samples", type=int, default=100, help="pictures in each of two shards (default: 100)")
     add("--short", type=int, default=4, help="steps of the short run (default: 4)")
-    add("--long", type=int, default=24, help="steps of the long run (default: 24)")
+    add("--long", type=int, default=104, help="steps of the long run (default: 104)")
     add("--rounds", type=int, default=3, help="(default: 3)")
     add("--public", metavar="FOLDER", help="folder of diffusers' scripts")
     add("--public_python", metavar="PATH", default=sys.executable, help="Python that runs them (default: this one)")
