@@ -13,7 +13,6 @@ and how much our pixels differ from those of a picture that is decoded whole, as
 import argparse
 import io
 import itertools
-import statistics
 import sys
 import tempfile
 import time
@@ -28,6 +27,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import run_public
+from benchmarks.speed import spread
 from lcm.data.config import DataConfig
 from lcm.data.order import Position
 from lcm.data.pictures import open_picture, transform
@@ -64,12 +65,9 @@ def public(path: Path, resolution: int, batch_size: int) -> Iterator[Any]:
     """Batches of the same work as in diffusers' scripts."""
 
     def pixels(image: Image.Image) -> torch.Tensor:
-        scale = resolution / min(image.size)
-        image = image.resize([int(scale * side) for side in image.size], Image.Resampling.BILINEAR)
-        left, top = (int(torch.randint(side - resolution + 1, ())) for side in image.size)
-        image = image.crop((left, top, left + resolution, top + resolution))
-        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
-        return tensor.clone().sub_(0.5).div_(0.5)
+        image = run_public.resize(image, resolution)
+        image = run_public.crop(image, *run_public.RandomCrop.get_params(image, (resolution, resolution)))
+        return run_public.normalize(run_public.to_tensor(image), [0.5], [0.5])
 
     dataset = webdataset.WebDataset(str(path), shardshuffle=False).repeat().shuffle(16).decode("pil")
     rows = ((pixels(sample["jpg"]), sample["txt"]) for sample in dataset)
@@ -95,11 +93,6 @@ def difference(path: Path, resolution: int) -> str:
     ours, whole = (transform(open_picture(data, side), config, rng)[0].astype(float) for side in (resolution, None))
     error = np.square(ours - whole).mean()
     return f"{10 * np.log10(255**2 / error):.1f}" if error else "equal"
-
-
-def spread(values: list[float], form: str) -> str:
-    """Median and range."""
-    return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
 
 
 def main() -> None:

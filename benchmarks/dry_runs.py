@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import configs
+from benchmarks.step_costs import options
 from lcm.simulation.many import Command, make_pool, peaks_of
 
 KINDS = ("lora_sd", "lora_sdxl", "sd", "sdxl")
@@ -31,18 +32,8 @@ def savers(kind: str) -> list[list[str]]:
 
 def command(folder: Path, kind: str, batch: int, more: list[str]) -> Command:
     """A command of the README on the configurations in `folder`, with more options, without pictures."""
-    given = [
-        f"--pretrained_teacher_model={folder}/{'sdxl' if 'sdxl' in kind else 'sd15'}",
-        "--train_shards_path_or_url=00000.tar",
-        "--mixed_precision=fp16",
-        "--gradient_checkpointing",
-        f"--train_batch_size={batch}",
-    ]
-    if "sdxl" in kind:
-        given.append(f"--pretrained_vae_model_name_or_path={folder}/sdxl-vae-fp16-fix")
-    if "lora" not in kind:
-        given.append("--cast_teacher_unet")
-    return Command(f"train_lcm_distill_{kind}_wds", (*given, *more))
+    given = [*options(folder, kind, batch), "--train_shards_path_or_url=00000.tar", *more]
+    return Command(f"train_lcm_distill_{kind}_wds", tuple(given))
 
 
 def peak(one: Command) -> float:

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def work(folder: Path) -> str:
     """Simulated steps."""
     from benchmarks import configs
     from benchmarks.step_costs import measured, options, total
-    from lcm.simulation.many import Command, num_cores
+    from lcm.simulation.many import Command, make_pool
 
     configs.main(folder)
     given = [*options(folder, "lora_sd", 12), "--train_shards_path_or_url=pictures.tar"]
@@ -49,25 +48,24 @@ def work(folder: Path) -> str:
         *(("resolution", "resolution", n) for n in (512, 768, 1024)),
         *(("rank", "lora_rank", n) for n in (4, 64, 256)),
     ]
-    with ThreadPoolExecutor(num_cores()) as pool:
-        command = Command("train_lcm_distill_lora_sd_wds", tuple(given))
-        jobs = [("own", command.with_more([f"--{option}={n}"])) for _, option, n in changes]
-        answers = [pool.submit(measured, job, str(folder / f"{i}.log")) for i, job in enumerate(jobs)]
+    command = Command("train_lcm_distill_lora_sd_wds", tuple(given))
+    jobs = [("own", command.with_more([f"--{option}={n}"])) for _, option, n in changes]
+    with make_pool() as pool:
         rows = [
             [f"{what} {n}", f"{total(found['TFLOPs']):.1f}", f"{found['peak GB']:.1f}"]
-            for (what, _, n), found in zip(changes, (answer.result() for answer in answers), strict=True)
+            for (what, _, n), found in zip(changes, pool.map(measured, jobs), strict=True)
         ]
     return table("batch 12, 512 px, rank 64, but | TFLOPs | peak GB", rows)
 
 
-def trainer(folder: Path, *more: str, demo: bool = False) -> list[str]:
-    """A training command on tiny networks, or on the demo's."""
+def trainer(folder: Path, *more: str, demo: bool = False, names: str = "shards/{00000..00001}.tar") -> list[str]:
+    """A training command on tiny networks and the shards with these names in `folder`, or on the demo's."""
     from conftest import make_teacher, write_shards
 
     teacher, shards, resolution = DEMO / "teacher", DEMO / "shards" / "train-{00000..00003}.tar", 64
     if not demo:
         teacher, resolution = folder / "teacher", 16
-        shards = folder / "shards" / "{00000..00001}.tar"
+        shards = folder / names
         if not teacher.exists():
             make_teacher(teacher)
             write_shards(folder / "shards", num_shards=2, samples_per_shard=200)
@@ -115,12 +113,12 @@ def shards(folder: Path) -> str:
     rows = []
     more = ["--train_batch_size=4", "--max_train_steps=100000", "--logging_steps=1", "--dataloader_num_workers=1"]
     for count in (10, 1000, 100_000):
-        command, many = trainer(folder, *more, "--shuffle_buffer_size=100"), folder / f"many-{count}"
+        many = folder / f"many-{count}"
         many.mkdir()
+        names = f"{many.name}/{{000000..{count - 1:06d}}}.tar"
+        command = trainer(folder, *more, "--shuffle_buffer_size=100", names=names)
         for i in range(count):
             os.symlink(folder / "shards" / f"{i % 2:05d}.tar", many / f"{i:06d}.tar")
-        command = [word for word in command if not word.startswith("--train_shards")]
-        command.append(f"--train_shards_path_or_url={many}/{{000000..{count - 1:06d}}}.tar")
         start = time.perf_counter()
         with started(command, folder) as process:
             wait_for_step(process, folder, 1)

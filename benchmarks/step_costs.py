@@ -23,7 +23,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -33,7 +32,7 @@ from unittest import mock
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import configs
-from lcm.simulation.many import SERVER, Command, num_cores
+from lcm.simulation.many import Command, answer_of, be_silent, make_pool
 
 KINDS = ("sd", "sdxl", "lora_sd", "lora_sdxl")
 RESOLUTIONS = {"sd15": 512, "sdxl": 1024}
@@ -157,32 +156,21 @@ def simulate_public(path: Path, given: list[str], send: Callable[[Figures], None
         script.main(script.parse_args())
 
 
-def work(sending: Connection, job: tuple[Any, ...], log: str) -> None:
-    """Send the figures of one simulation, which is silent; an error goes to a file."""
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
+def work(job: tuple[Any, ...], sending: Connection) -> None:
+    """Send the figures of one simulation, which is silent, or the traceback of its error."""
+    be_silent()
     kind, *args = job
     try:
         {"own": simulate_own, "public": simulate_public}[kind](*args, sending.send)
     except BaseException:
-        Path(log).write_text(traceback.format_exc())
-        sending.send(None)
+        sending.send(traceback.format_exc())
 
 
-def measured(job: tuple[Any, ...], log: str) -> Figures:
+def measured(job: tuple[Any, ...]) -> Figures:
     """The figures of a job, from a process of its own. Raises SystemExit if it fails."""
-    receiving, sending = SERVER.Pipe(duplex=False)
-    process = SERVER.Process(target=work, args=(sending, job, log), daemon=True)
-    process.start()
-    sending.close()
-    try:
-        answer = receiving.recv()
-    except EOFError:
-        raise SystemExit(f"{job}: its process was killed") from None
-    process.join()
-    if answer is None:
-        raise SystemExit(f"{job}\n{Path(log).read_text()}")
+    answer = answer_of(work, job)
+    if isinstance(answer, str):
+        raise SystemExit(f"{job}\n{answer}")
     return answer
 
 
@@ -231,12 +219,11 @@ def main() -> None:
     add("--public", metavar="FOLDER", help="folder of diffusers' scripts")
     add("--json", default="step_costs.json", metavar="FILE", help="where the figures are written")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(num_cores()) as pool:
+    with tempfile.TemporaryDirectory() as name, make_pool() as pool:
         folder = Path(name)
         configs.main(folder)
         todo = jobs(args, folder)
-        answers = [pool.submit(measured, job, str(folder / f"{i}.log")) for i, job in enumerate(todo.values())]
-        rows = {key: answer.result() for key, answer in zip(todo, answers, strict=True)}
+        rows = dict(zip(todo, pool.map(measured, todo.values()), strict=True))
     Path(args.json).write_text(
         json.dumps([{"script": k, "variant": v, **row} for (k, v), row in rows.items()], indent=1)
     )

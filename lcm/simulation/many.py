@@ -3,10 +3,10 @@
 import dataclasses
 import multiprocessing
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lcm.errors import UserError, first_line
 
@@ -46,11 +46,30 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def simulate(command: Command, sending: Connection) -> None:
-    """Send the peaks of a command's parts, or in one line why there are none. Nothing is printed."""
+def be_silent() -> None:
+    """Print nothing from here on, in this process."""
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
+
+
+def answer_of(work: Callable[..., None], *args: Any) -> Any:
+    """What `work(*args, connection)` sends from a process of its own, or a line if the process dies before."""
+    receiving, sending = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=work, args=(*args, sending), daemon=True)
+    process.start()
+    sending.close()
+    try:
+        return receiving.recv()
+    except EOFError:
+        return "its process was killed"
+    finally:
+        process.join()
+
+
+def simulate(command: Command, sending: Connection) -> None:
+    """Send the peaks of a command's parts, or in one line why there are none. Nothing is printed."""
+    be_silent()
     try:
         sending.send(command.run().peaks)
     except BaseException as error:
@@ -59,15 +78,7 @@ def simulate(command: Command, sending: Connection) -> None:
 
 def peaks_of(command: Command) -> Peaks:
     """Simulate a command in another process. Raises UserError if that fails."""
-    receiving, sending = SERVER.Pipe(duplex=False)
-    process = SERVER.Process(target=simulate, args=(command, sending), daemon=True)
-    process.start()
-    sending.close()
-    try:
-        answer = receiving.recv()
-    except EOFError:
-        answer = "its process was killed"
-    process.join()
+    answer = answer_of(simulate, command)
     if isinstance(answer, str):
         raise UserError(f"dry run: {command.script} {' '.join(command.options)} fails: {answer}")
     return answer
