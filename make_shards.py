@@ -1,45 +1,44 @@
-"""Let the teacher draw the pictures to distil it with, from a file of prompts.
+"""Make shards for a training: from your own pictures, from a data set, or from prompts that the teacher draws.
 
-accelerate launch make_shards.py \\
-    --pretrained_teacher_model=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-    --prompts=prompts.txt --num_images=50000 --output_dir=shards --dtype=float16
+accelerate launch make_shards.py --train_data_dir=path/to/pictures --output_dir=shards
+accelerate launch make_shards.py --dataset_name=path/or/name --caption_column=text --output_dir=shards
+accelerate launch make_shards.py --prompts=prompts.txt --num_images=50000 --output_dir=shards \\
+    --pretrained_teacher_model=stable-diffusion-v1-5/stable-diffusion-v1-5
 
 Writes output_dir/00000.tar, 00001.tar, ... with pictures, captions and JSON, for --train_shards_path_or_url of the
-training scripts, and output_dir/make_shards.json, which says how they were drawn. The same command again draws what is
+training scripts, and output_dir/make_shards.json, which says how they were made. The same command again makes what is
 missing. Several processes, as `accelerate config` has them, share the shards.
 """
 
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-from lcm.errors import UserError, first_line, run
+from lcm.errors import run
 from lcm.options.choices import PICTURE_FORMATS, SAMPLERS, STUDENT_SAMPLERS
 from lcm.options.files import existing_parent, read_prompts
-from lcm.options.groups import add_model_options
+from lcm.options.groups import add_model_options, add_picture_options
 from lcm.options.types import Options, integer, make_parser, number, text
 from lcm.secrets import public_options
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-    from PIL import Image
-
 RECORD = "make_shards.json"
-# Options that may differ when a folder is completed: they do not change the pictures.
+# Options that may differ when a folder is completed: they do not change what is drawn.
 MAY_CHANGE = {"output_dir", "batch_size", "cache_dir"}
+SOURCES = ("train_data_dir", "dataset_name", "prompts")
+PICTURES = ("train_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column",
+            "max_shorter_side")  # fmt: skip
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Options:
     """The checked options. Heavy imports come later, so that a wrong option is reported at once."""
     parser = make_parser(__doc__, __file__)
-    add_model_options(parser)
-    add = parser.add_argument_group("what is drawn").add_argument
+    add_picture_options(parser.add_argument_group("data"))
+    add_model_options(parser, required=False)
+    group = parser.add_argument_group("pictures that the teacher draws")
+    add = group.add_argument
     add("--variant", type=text, metavar="NAME", help="Variant of the teacher's weight files, such as fp16.")
     add(
         "--prompts",
         nargs="+",
-        required=True,
         metavar="PROMPT_OR_FILE",
         help="Prompts, or a text file with one prompt in each line. They become the captions.",
     )
@@ -76,6 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
         help="Dtype of all networks. If unset: float16 on a GPU, else float32.",
     )
     add("--batch_size", type=integer(1), default=8, metavar="PICTURES", help="Pictures that are drawn at once.")
+    drawing = [action.dest for action in group._group_actions]
     add = parser.add_argument_group("shards").add_argument
     add("--output_dir", type=text, required=True, metavar="FOLDER", help="Where the shards are written.")
     add(
@@ -86,15 +86,34 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
         help="Pictures a shard. If the run is stopped, those of unfinished shards are lost.",
     )
     add(
+        "--max_shorter_side",
+        type=integer(8),
+        metavar="PIXELS",
+        help="Pictures whose shorter side is longer are made this small. The JSON has their original size. If unset, "
+        "pictures are copied as they are.",
+    )
+    add(
         "--picture_format",
         choices=PICTURE_FORMATS,
         default="jpg",
-        help="Format of the pictures: jpg and webp at quality 95, or png without loss.",
+        help="Format of pictures that are not copied: jpg and webp at quality 95, or png without loss.",
     )
 
     args = parser.parse_args(argv, Options())
-    args.prompts = read_prompts(parser, "--prompts", args.prompts)
-    args.num_images = args.num_images or len(args.prompts)
+    given = [name for name in SOURCES if getattr(args, name) is not None]
+    if len(given) != 1:
+        allowed = "one of " + ", ".join(f"--{name}" for name in SOURCES)
+        parser.error(
+            f"--{given[1] if given else SOURCES[0]}: {len(given)} sources of pictures given; allowed: {allowed}"
+        )
+    for name in PICTURES if args.prompts else drawing:
+        if name not in given and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name}: given, but it has no effect with --{given[0]}")
+    if args.prompts:
+        if args.pretrained_teacher_model is None:
+            parser.error("--pretrained_teacher_model: required with --prompts, but not given")
+        args.prompts = read_prompts(parser, "--prompts", args.prompts)
+        args.num_images = args.num_images or len(args.prompts)
     existing = existing_parent(args.output_dir)
     if not os.path.isdir(existing):
         parser.error(f"--output_dir: {args.output_dir!r} given, but {existing!r} is a file; allowed: a folder")
@@ -105,79 +124,35 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
 
 
 def make_shards(args: Options) -> None:
-    """Draw the shards that are missing. Raises UserError."""
+    """Make the shards that are missing. Raises UserError."""
     from accelerate import PartialState
-    from tqdm.auto import tqdm
 
-    from lcm.data.writer import brace_range, check_record, remove_unfinished, write_shard
-    from lcm.evaluation.candidates import load_teacher
-    from lcm.pictures.samplers import make_scheduler
+    from lcm.data.packing import Packing, make_shards, open_source
+    from lcm.data.writer import brace_range, read_counts
+    from lcm.run.start import set_up_logs
 
     state = PartialState()
-    if state.is_main_process:
-        check_record(args, RECORD, record(args), MAY_CHANGE)
-        remove_unfinished(args.output_dir)
-    state.wait_for_everyone()
-    shards = [range(first, min(first + args.shard_size, args.num_images))
-              for first in range(0, args.num_images, args.shard_size)]  # fmt: skip
-    paths = [os.path.join(args.output_dir, f"{number:05d}.tar") for number in range(len(shards))]
-    missing = [number for number, path in enumerate(paths) if not os.path.exists(path)]
-    mine = missing[state.process_index :: state.num_processes]
-    state.print(f"{len(shards) - len(missing)} of {len(shards)} shards are there. Drawing {len(missing)}.")
-    if mine:
-        pipeline = load_teacher(args, state.device)
-        pipeline.scheduler = make_scheduler(args.scheduler, pipeline.scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        total = sum(len(shards[number]) for number in mine)
-        with tqdm(total=total, unit="picture", dynamic_ncols=True, disable=not state.is_main_process) as progress:
-            for number in mine:
-                write_shard(paths[number], samples(pipeline, args, shards[number], progress), args.picture_format)
-    state.wait_for_everyone()
+    set_up_logs(state.is_main_process)
+    if args.prompts:
+        from lcm.drawing import draw_shards
+
+        record = {name: value for name, value in public_options(args).items() if name not in PICTURES}
+        paths = draw_shards(args, RECORD, record, MAY_CHANGE)
+        found = f"{args.num_images} pictures"
+    else:
+        packing = Packing(args.shard_size, args.max_shorter_side, args.picture_format)
+        paths = make_shards(open_source(args), args.output_dir, packing)
+        found = str(read_counts(paths))
     if state.is_main_process:
         size = sum(map(os.path.getsize, paths)) / 1e6
-        print(f"\n{args.num_images} pictures, {size:.1f} MB. Train with:\n"
-              f'--train_shards_path_or_url="{brace_range(args.output_dir, len(shards))}"')  # fmt: skip
+        print(f"\n{found}, {size:.1f} MB. Train with:\n"
+              f'--train_shards_path_or_url="{brace_range(args.output_dir, len(paths))}"')  # fmt: skip
     state.destroy_process_group()
-
-
-def record(args: Options) -> dict[str, Any]:
-    """What the folder says of its shards."""
-    digest = hashlib.sha256("\n".join(args.prompts).encode()).hexdigest()
-    return {**public_options(args), "prompts": f"{len(args.prompts)}, SHA-256 {digest}"}
-
-
-def samples(
-    pipeline: "DiffusionPipeline", args: Options, numbers: range, progress: Any
-) -> "Iterator[tuple[str, Image.Image, str, dict[str, Any]]]":
-    """Draw the pictures with these numbers; yield (key, picture, caption, entries of the JSON). Raises UserError."""
-    import torch
-
-    from lcm.evaluation.sampling import picture_generator
-
-    for first in range(numbers.start, numbers.stop, args.batch_size):
-        batch = range(first, min(first + args.batch_size, numbers.stop))
-        prompts = [args.prompts[i % len(args.prompts)] for i in batch]
-        negative = args.negative_prompt and [args.negative_prompt] * len(prompts)
-        try:
-            pictures = pipeline(
-                prompts,
-                negative_prompt=negative,
-                width=args.resolution,
-                height=args.resolution,
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
-                generator=[picture_generator(args.seed, i) for i in batch],
-            ).images
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"--batch_size: {args.batch_size} given, but {first_line(error)}") from error
-        for i, picture, prompt in zip(batch, pictures, prompts, strict=True):
-            yield f"{i:09d}", picture, prompt, {"seed": args.seed, "number": i}
-            progress.update()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     run(
-        make_shards, parse_args(argv), interrupted="Stopped. The same command again draws the shards that are missing."
+        make_shards, parse_args(argv), interrupted="Stopped. The same command again makes the shards that are missing."
     )
 
 

@@ -39,7 +39,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     parser = make_parser(__doc__, __file__)
     groups.add_model_options(parser)
     group = parser.add_argument_group("data")
-    groups.add_shards_options(group, resolution=None)
+    groups.add_shards_option(group, required=True)
+    groups.add_crop_options(group, resolution=None)
     groups.add_sample_options(group, max_watermark_probability=None)
     groups.add_timeout_option(group)
     add = parser.add_argument_group("what is stored").add_argument
@@ -86,7 +87,7 @@ def precompute(args: Options) -> None:
 
     from lcm.data.config import DataConfig
     from lcm.data.shards import expand_shards
-    from lcm.data.writer import brace_range, check_record, remove_unfinished
+    from lcm.data.writer import brace_range, check_record, remove_unfinished, shard_path
     from lcm.models.family import SDXL, StableDiffusion
     from lcm.models.loading import load_config
     from lcm.precompute import Maker, summary
@@ -98,10 +99,10 @@ def precompute(args: Options) -> None:
     args.resolution = args.resolution or (1024 if kind is SDXL else 512)
     args.freeze()
     shards = expand_shards(args.train_shards_path_or_url)
-    paths = [os.path.join(args.output_dir, f"{number:05d}.tar") for number in range(len(shards))]
+    paths = [shard_path(args.output_dir, number) for number in range(len(shards))]
     if accelerator.is_main_process:
         record = {**public_options(args), "mixed_precision": accelerator.mixed_precision}
-        check_record(args, RECORD, record, MAY_CHANGE)
+        check_record(args.output_dir, RECORD, record, MAY_CHANGE)
         remove_unfinished(args.output_dir)
     accelerator.wait_for_everyone()
     missing = [number for number, path in enumerate(paths) if not os.path.exists(path)]

@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--lora", action="store_true", help="train LoRAs")
     add("--recipes", nargs="*", choices=list(RECIPES), default=list(RECIPES), help="default: all", metavar="NAME")
-    add("--add", nargs="+", default=[], metavar="NAME=OPTIONS", help="further recipes")
+    add("--add", nargs="+", action="extend", default=[], metavar="NAME=OPTIONS", help="further recipes")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     add("--max_train_steps", type=int, default=500, help="optimizer steps of every run (default: 500)")
     add("--num_images", type=int, default=500, help="pictures of every figure (default: 500)")

@@ -1,7 +1,6 @@
 """From pictures and captions to cached shards: what `precompute_lcm.py` runs on one device."""
 
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -22,7 +21,7 @@ from lcm.data.pictures import Unusable, all_crops
 from lcm.data.samples import Captioned, as_problem, read_sample
 from lcm.data.shards import Problem, Sample, is_local, read_shard
 from lcm.data.tally import Tally
-from lcm.data.writer import write_tar
+from lcm.data.writer import read_counts, write_counts, write_tar
 from lcm.errors import UserError, first_line
 from lcm.models.family import Family
 from lcm.options.choices import PICTURE_FORMATS
@@ -112,9 +111,7 @@ class Maker:
                 yield {**sample, **first}
                 first = {}
                 progress.update()
-        about = {"source": redact(self.config.shards[number]), "samples": tally.used, "skipped": dict(tally.skipped)}
-        with open(os.path.splitext(path)[0] + ".json", "w", encoding="utf-8") as file:
-            json.dump(about, file, indent=1)
+        write_counts(path, tally, {"source": redact(self.config.shards[number])})
 
     def rows(self, number: int, pool: ThreadPoolExecutor, tally: Tally) -> Iterator[Row]:
         """Yield the usable samples of one shard, decoded ahead in threads; count the others."""
@@ -178,10 +175,4 @@ class Maker:
 
 def summary(paths: list[str]) -> str:
     """What is in a folder of cached shards, in one line."""
-    total, size = Tally(), sum(map(os.path.getsize, paths))
-    for path in paths:
-        with open(os.path.splitext(path)[0] + ".json", encoding="utf-8") as file:
-            about = json.load(file)
-        total.used += about["samples"]
-        total.skipped.update(about["skipped"])
-    return f"{len(paths)} shards, {size / 1e6:.1f} MB: {total}."
+    return f"{len(paths)} shards, {sum(map(os.path.getsize, paths)) / 1e6:.1f} MB: {read_counts(paths)}."

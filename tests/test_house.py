@@ -31,8 +31,9 @@ MAY_IMPORT = {
     "lcm.run": RUN,
     "lcm.session": RUN,
     "lcm.precompute": MADE_OF,
+    "lcm.drawing": DRAWN | {"lcm.evaluation"},
     "lcm.simulation": RUN | {"lcm.session"},
-    "command": RUN | {"lcm.session", "lcm.precompute", "lcm.evaluation", "lcm.simulation"},
+    "command": RUN | {"lcm.session", "lcm.precompute", "lcm.drawing", "lcm.evaluation", "lcm.simulation"},
 }
 STANDARD_LIBRARY_ONLY = {*BASE, "lcm.options"}
 

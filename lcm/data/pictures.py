@@ -4,7 +4,7 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lcm.data.config import DataConfig
 from lcm.options.choices import INTERPOLATIONS, PICTURE_FORMATS
@@ -18,10 +18,12 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture as 8-bit RGB. `image` may have been decoded smaller than it is: `size` is (width, height)."""
+    """A decoded picture as 8-bit RGB. `image` may have been decoded smaller than it is: `size` is (width, height).
+    `format` is Pillow's name of its encoding."""
 
     image: Image.Image
     size: tuple[int, int]
+    format: str
 
 
 def open_picture(data: bytes, shorter_side: int | None = None) -> Picture:
@@ -34,7 +36,7 @@ def open_picture(data: bytes, shorter_side: int | None = None) -> Picture:
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=sorted({*PICTURE_FORMATS.values()}))
-        size = image.size
+        size, encoding = image.size, str(image.format)
         if max(size) > MAX_ASPECT_RATIO * min(size):
             raise Unusable("picture too thin", f"{image.width} x {image.height}")
         if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # turned by 90 degrees
@@ -48,9 +50,11 @@ def open_picture(data: bytes, shorter_side: int | None = None) -> Picture:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return Picture(image if image.mode == "RGB" else image.convert("RGB"), size)
+        return Picture(image if image.mode == "RGB" else image.convert("RGB"), size, encoding)
     except Image.DecompressionBombError as error:
         raise Unusable("picture too large", str(error)) from None
+    except UnidentifiedImageError:
+        raise Unusable("picture unreadable", f"not one of {', '.join(PICTURE_FORMATS)}") from None
     except (Unusable, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on broken input

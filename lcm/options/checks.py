@@ -7,6 +7,8 @@ from lcm.options.choices import TRACKERS
 from lcm.options.files import existing_parent, find_checkpoint, is_repository_name, read_prompts, repository_name
 from lcm.options.types import Options, Parser
 
+SOURCES = ("train_shards_path_or_url", "train_data_dir", "dataset_name")
+
 
 def parse(parser: Parser, argv: list[str] | None = None) -> Options:
     """Parse and check; on a wrong option print one line that begins with its name, and exit with status 2."""
@@ -19,6 +21,15 @@ def parse(parser: Parser, argv: list[str] | None = None) -> Options:
         if not condition:
             parser.error(f"{option}: {message}")
 
+    sources = [f"--{name}" for name in SOURCES if getattr(args, name) is not None]
+    need(sources, f"--{SOURCES[0]}", f"required, but not given; allowed: that, or --{' or --'.join(SOURCES[1:])}")
+    need(len(sources) == 1, (sources or [""])[-1], f"given beside {(sources or [''])[0]}; allowed: one of the two")
+    for name in ("dataset_config_name", "image_column", "caption_column"):
+        unused = args.dataset_name is None and (name != "caption_column" or args.train_data_dir is None)
+        need(not unused or name in args.left_at_default, f"--{name}",
+             "given, but --dataset_name is not; allowed: both, or neither")
+    need(args.dataset_name is None or importlib.util.find_spec("datasets"), "--dataset_name",
+         "the package datasets is not installed")
     need(args.w_min <= args.w_max, "--w_min", f"{args.w_min:g} given; allowed: at most --w_max, {args.w_max:g}")
     need(args.w_max > 0 or args.teacher_negative_prompt is None, "--teacher_negative_prompt",
          f"{args.teacher_negative_prompt!r} given, but with --w_max 0 nothing is guided; allowed: one of the two")

@@ -19,10 +19,10 @@ from lcm.options.types import Parser, integer, names, number, sizes, text
 Group = argparse._ArgumentGroup
 
 
-def add_model_options(parser: Parser) -> None:
+def add_model_options(parser: Parser, required: bool = True) -> None:
     group = parser.add_argument_group("models")
     add = group.add_argument
-    add("--pretrained_teacher_model", type=text, required=True, metavar="ID_OR_FOLDER",
+    add("--pretrained_teacher_model", type=text, required=required, metavar="ID_OR_FOLDER",
         help="The model to distil: a Hub id or a local folder in the layout of diffusers.")
     add("--pretrained_vae_model_name_or_path", type=text, metavar="ID_OR_FOLDER",
         help="A VAE to use instead of the teacher's own, at its default revision.")
@@ -63,12 +63,31 @@ def add_output_options(parser: Parser) -> None:
              "weights cannot change.")
 
 
-def add_shards_options(group: Group, resolution: int | None) -> None:
-    """Where pictures come from, and how they become squares."""
-    add = group.add_argument
-    add("--train_shards_path_or_url", action="append", required=True, metavar="SHARDS",
+def add_shards_option(group: Group, required: bool) -> None:
+    group.add_argument("--train_shards_path_or_url", action="append", required=required, metavar="SHARDS",
         help="WebDataset shards: paths, http(s):// or pipe: addresses, with {000..123} ranges and :: between several. "
-             "May be repeated. Only pictures, captions and JSON are read; nothing is unpickled.")
+             "May be repeated. Only pictures, captions and JSON are read; nothing is unpickled.")  # fmt: skip
+
+
+def add_picture_options(group: Group) -> None:
+    """Pictures that are not in shards."""
+    add = group.add_argument
+    add("--train_data_dir", type=text, metavar="FOLDER",
+        help="A folder with pictures. Captions are in a .txt file beside each, one in each line, or in a "
+             "metadata.jsonl or metadata.csv with the columns file_name and --caption_column.")
+    add("--dataset_name", type=text, metavar="ID_OR_FOLDER",
+        help="A data set for the library `datasets`: on the Hub, or a folder with parquet or arrow files.")
+    add("--dataset_config_name", type=text, metavar="NAME",
+        help="The data set's configuration.")
+    add("--image_column", type=text, default="image", metavar="COLUMN",
+        help="Where the data set has its pictures.")
+    add("--caption_column", type=text, default="text", metavar="COLUMN",
+        help="Where the data set, or the folder's metadata, has a caption, or a list of captions.")
+
+
+def add_crop_options(group: Group, resolution: int | None) -> None:
+    """How pictures become squares."""
+    add = group.add_argument
     add("--resolution", type=integer(8), default=resolution, metavar="PIXELS",
         help="Pictures are resized so that their shorter side has this length, then cropped to a square.")
     add("--interpolation_type", default="bilinear",
@@ -106,7 +125,9 @@ def add_data_options(parser: Parser, resolution: int, max_watermark_probability:
     """Add the options of the data; returns their group, for options of SDXL."""
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add_shards_options(group, resolution)
+    add_shards_option(group, required=False)
+    add_picture_options(group)
+    add_crop_options(group, resolution)
     add("--proportion_empty_prompts", type=number(0, 1), default=0, metavar="P",
         help="Share of captions that are replaced by an empty one.")
     add_sample_options(group, max_watermark_probability)

@@ -30,7 +30,10 @@ MAY_CHANGE_ON_RESUME = {
 # Options that decide the shapes in a checkpoint's files. With others the files could not be loaded.
 CANNOT_CHANGE = {"unet_time_cond_proj_dim", "lora_rank", "lora_target_modules", "use_8bit_adam"}
 # Options that, with the number of streams, decide the order of the data.
-DATA_ORDER = {"seed", "train_shards_path_or_url", "shuffle_buffer_size", "shuffle_buffer_mb"}
+DATA_ORDER = {
+    "seed", "train_shards_path_or_url", "train_data_dir", "dataset_name", "dataset_config_name",
+    "shuffle_buffer_size", "shuffle_buffer_mb",
+}  # fmt: skip
 # Options that only some scripts have. By them an old checkpoint shows which script saved it.
 TELLTALES = ("lora_rank", "unet_time_cond_proj_dim", "use_fix_crop_and_size")
 

@@ -21,6 +21,7 @@ from accelerate.utils import (
     set_seed,
 )
 
+from lcm.data.packing import shards_of_pictures
 from lcm.data.shards import expand_shards, find_cache
 from lcm.errors import UserError, first_line
 from lcm.options.choices import PRECISIONS
@@ -59,7 +60,7 @@ def start(args: Options, can_shard: bool = False) -> tuple[Accelerator, Plan]:
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         logger.warning("--mixed_precision: fp16 needs a GPU; on this CPU everything is computed in float32")
-    shards = expand_shards(args.train_shards_path_or_url)
+    shards = find_shards(args)
     plan = make_plan(args, accelerator, seed, shards, find_cache(shards, args.shard_timeout))
     check_resume(args, plan)
     try:
@@ -68,6 +69,11 @@ def start(args: Options, can_shard: bool = False) -> tuple[Accelerator, Plan]:
         raise UserError(f"--output_dir: {error}") from None
     accelerator.wait_for_everyone()
     return accelerator, plan
+
+
+def find_shards(args: Options) -> tuple[str, ...]:
+    """The shards to train on; those of a folder of pictures, or of a data set, are made first. Raises UserError."""
+    return expand_shards(args.train_shards_path_or_url or shards_of_pictures(args))
 
 
 def make_accelerator(args: Options) -> Accelerator:

@@ -196,7 +196,7 @@ class Simulation:
 
         self.device.patch(loading, "load_pretrained", load)
         self.device.patch(family, "load_noise_schedule", load_schedule)
-        self.device.patch(start, "expand_shards", lambda patterns: ("simulated.tar",))
+        self.device.patch(start, "find_shards", lambda args: ("simulated.tar",))
         self.device.patch(start, "find_cache", lambda *_: self.find_cache(args))
         self.device.patch(family.Family, "origin", lambda *_: {})
         self.device.patch(TrainingData, "items", empty_items)
@@ -210,6 +210,8 @@ class Simulation:
 
     def find_cache(self, args: Options) -> Cache | None:
         """What real shards have in common if they are cached, with an embedding of zeros. Shards need not exist."""
+        if args.train_shards_path_or_url is None:
+            return None
         try:
             with unset_fake_temporarily():
                 cache = find_cache(expand_shards(args.train_shards_path_or_url), args.shard_timeout)

@@ -96,6 +96,11 @@ OWN_COMMON = {
     "teacher_negative_prompt": None,
     "vae_encode_batch_size": None,  # theirs is 32, for SDXL 8: the same latents but for rounding, and more memory
     "offload": False,
+    "train_data_dir": None,
+    "dataset_name": None,
+    "dataset_config_name": None,
+    "image_column": "image",
+    "caption_column": "text",
     "caption_key": "caption",
     "width_key": None,
     "height_key": None,

@@ -799,6 +799,43 @@ def test_a_shard_that_stalls(run, shards):
     assert done.status == 0 and "no byte for 0.2 s" in done.log and "x shard unreadable" in done.printed
 
 
+@pytest.fixture(scope="module")
+def own_pictures(tmp_path_factory):
+    """The same four pictures as a folder with metadata, and as the second configuration of a data set."""
+    datasets = pytest.importorskip("datasets")
+    folder, rng = tmp_path_factory.mktemp("own"), np.random.default_rng(3)
+    (folder / "set").mkdir()
+    (folder / "folder").mkdir()
+    names, titles = [f"{i}.png" for i in range(4)], [f"title {i}" for i in range(4)]
+    for name in names:
+        (folder / "folder" / name).write_bytes(encode_image(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)))
+    rows = [json.dumps({"file_name": name, "title": title}) for name, title in zip(names, titles, strict=True)]
+    (folder / "folder" / "metadata.jsonl").write_text("\n".join(rows))
+    paths = [str(folder / "folder" / name) for name in names]
+    table = datasets.Dataset.from_dict({"pic": paths, "title": titles}).cast_column("pic", datasets.Image())
+    table.to_parquet(str(folder / "set" / "b.parquet"))
+    table.select([0]).to_parquet(str(folder / "set" / "a.parquet"))
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in "ab")
+    (folder / "set" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    return folder
+
+
+@covers("train_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column", by=ALL)
+def test_pictures_that_are_not_in_shards(run, own_pictures):
+    """They are put into shards in the output folder, and trained on as if those had been given."""
+    more = ("--train_batch_size=4", "--max_watermark_probability=1", "--caption_column=title")
+    of_folder = run(*more, f"--train_data_dir={own_pictures}/folder", drop=("train_shards_path_or_url",))
+    assert sorted(of_folder.captions[:4]) == [f"title {i}" for i in range(4)]
+    of_set = run(
+        *more, f"--dataset_name={own_pictures}/set", "--dataset_config_name=b", "--image_column=pic",
+        drop=("train_shards_path_or_url",),
+    )  # fmt: skip
+    assert same(of_folder, of_set) and of_set.captions == of_folder.captions
+    assert same(of_folder, run(*more[:2], shards=f"{of_set.folder}/shards/00000.tar"))
+    shown = [np.asarray(Image.open(own_pictures / "folder" / f"{i}.png")) for i in range(4)]
+    assert all(any(np.array_equal(pixels, picture) for picture in shown) for pixels in of_set.pixels)
+
+
 @covers("caption_key")
 def test_caption_key(run, json_shard):
     whole_pass = ("--train_batch_size=5",)

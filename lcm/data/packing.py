@@ -1,0 +1,134 @@
+"""From pictures with captions to shards: what `make_shards.py`, and `--train_data_dir` of a training script, run."""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from accelerate import PartialState
+from PIL import Image
+from tqdm.auto import tqdm
+
+from lcm.data.pictures import Unusable, open_picture
+from lcm.data.shards import Problem, Sample
+from lcm.data.sources import DataSet, PictureFolder, Source
+from lcm.data.tally import Tally
+from lcm.data.writer import (
+    brace_range,
+    counts_path,
+    encode_picture,
+    make_captioned,
+    missing_shards,
+    read_counts,
+    write_counts,
+    write_tar,
+)
+from lcm.errors import UserError
+from lcm.options.types import Options
+
+logger = logging.getLogger(__name__)
+
+RECORD = "make_shards.json"
+THREADS = 4  # that decode pictures, in each process
+AHEAD = 64  # pictures that they decode ahead
+SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How pictures are put into shards."""
+
+    shard_size: int = 1000  # pictures
+    max_shorter_side: int | None = None  # pixels; None leaves pictures as they are
+    picture_format: str = "jpg"  # of pictures that are made smaller
+
+
+def open_source(args: Options) -> Source:
+    """The pictures that the options name. Raises UserError."""
+    if args.train_data_dir is not None:
+        return PictureFolder(args.train_data_dir, args.caption_column)
+    return DataSet(args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column)
+
+
+def make_sample(source: Source, number: int, packing: Packing) -> Sample:
+    """The members of one sample: the picture as it is, or made smaller; captions and sizes. Raises Unusable."""
+    raw, most = source.read(number), packing.max_shorter_side
+    try:
+        picture = open_picture(raw.data, most)
+    except Unusable as error:
+        reason, detail = error.args
+        raise Unusable(reason, f"{raw.name}: {detail}") from None
+    size, data, suffix = picture.size, raw.data, SUFFIXES[picture.format]
+    if most is not None and min(size) > most:
+        size = round(most * size[0] / min(size)), round(most * size[1] / min(size))
+        suffix = packing.picture_format
+        data = encode_picture(picture.image.resize(size, Image.Resampling.LANCZOS), suffix)
+    entries = {**raw.about, "file": raw.name}
+    return make_captioned(f"{number:09d}", suffix, data, raw.captions, size, picture.size, entries)
+
+
+def make_shard(source: Source, numbers: range, packing: Packing, path: str, progress: Any) -> None:
+    """Write the pictures with these numbers to a shard; and beside it counts, and what is wrong with the others."""
+    tally, ratios, problems = Tally(), Counter[str](), list[str]()
+
+    def sample_or_problem(number: int) -> Sample | Problem:
+        try:
+            return make_sample(source, number, packing)
+        except Unusable as error:
+            return Problem(*error.args)
+
+    def samples() -> Iterator[Sample]:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for first in range(numbers.start, numbers.stop, AHEAD):
+                for made in pool.map(sample_or_problem, range(first, min(first + AHEAD, numbers.stop))):
+                    progress.update()
+                    if isinstance(made, Problem):
+                        tally.skip(made)
+                        problems.append(made.detail)
+                        continue
+                    tally.used += 1
+                    about = json.loads(made["json"])
+                    ratios[f"{about['width'] / about['height']:.2f}"] += 1
+                    yield made
+        write_counts(path, tally, {"ratios": dict(ratios), "problems": problems})
+
+    write_tar(path, samples())
+
+
+def make_shards(source: Source, folder: str, packing: Packing) -> list[str]:
+    """Write the shards of a source that `folder` lacks; the processes of a launch share them. Returns their paths.
+
+    Raises UserError if those that it has are of other pictures, or made in another way; or if no picture is usable.
+    """
+    record = {**source.options, **asdict(packing)}
+    paths, mine = missing_shards(folder, RECORD, record, (), len(source), packing.shard_size)
+    state, total = PartialState(), sum(map(len, mine.values()))
+    with tqdm(total=total, unit="picture", dynamic_ncols=True, disable=not state.is_main_process or not mine) as bar:
+        for path, numbers in mine.items():
+            make_shard(source, numbers, packing, path, bar)
+    state.wait_for_everyone()
+    if not read_counts(paths).used:
+        option = next(iter(source.options))
+        raise UserError(f"--{option}: no picture can be used: {read_counts(paths)}")
+    return paths
+
+
+def shards_of_pictures(args: Options) -> list[str]:
+    """For a training script: the shards of `--train_data_dir` or `--dataset_name`, made in the output folder."""
+    folder = os.path.join(args.output_dir, "shards")
+    paths = make_shards(open_source(args), folder, Packing())
+    logger.info("Pictures: %s, %s", brace_range(folder, len(paths)), read_counts(paths))
+    return paths
+
+
+def ratios_of(paths: Sequence[str]) -> Counter[float]:
+    """How many pictures of these shards have which width / height."""
+    found = Counter[float]()
+    for path in paths:
+        with open(counts_path(path), encoding="utf-8") as file:
+            found.update({float(ratio): count for ratio, count in json.load(file)["ratios"].items()})
+    return found
