@@ -22,6 +22,9 @@ Group = argparse._ArgumentGroup
 def add_model_options(parser: Parser, required: bool = True) -> None:
     group = parser.add_argument_group("models")
     add = group.add_argument
+    add("--config", type=text, metavar="FILE",
+        help="A YAML, TOML or JSON file with options, by name without the dashes; those on the command line win. Also "
+             "a checkpoint's training_state.json.")
     add("--pretrained_teacher_model", type=text, required=required, metavar="ID_OR_FOLDER",
         help="The model to distil: a Hub id or a local folder in the layout of diffusers.")
     add("--pretrained_vae_model_name_or_path", type=text, metavar="ID_OR_FOLDER",

@@ -5,14 +5,29 @@ import difflib
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from lcm.options.config import expand
 from lcm.secrets import redact
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line that begins with the option."""
+    """An ArgumentParser whose errors are one line that begins with the option, and which knows `--config`."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if "--config" not in self._option_string_actions:
+            return super().parse_known_args(args, namespace)
+        line = list(sys.argv[1:] if args is None else args)
+        try:
+            expanded = expand(self, line)
+        except ValueError as error:
+            self.error(str(error))
+        parsed, unknown = super().parse_known_args(expanded, namespace)
+        if parsed.config is not None and expanded == line:
+            self.error("argument --config: no other spelling is allowed")
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (--\w+|[A-Z]+)(/[^:]+)?: ", r"\1: ", message)

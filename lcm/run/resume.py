@@ -19,7 +19,7 @@ RESUME, OVERRIDE = "--resume_from_checkpoint", "--resume_with_changed_options"
 # Options that may change: where files go, what is shown, how long the run is, how much memory and patience it takes.
 # The options that save memory change rounding at most.
 MAY_CHANGE_ON_RESUME = {
-    "output_dir", "cache_dir", "logging_dir", "report_to", "tracker_project_name", "local_rank",
+    "config", "output_dir", "cache_dir", "logging_dir", "report_to", "tracker_project_name", "local_rank",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "resume_with_changed_options",
     "max_train_steps", "num_train_epochs", "max_train_samples",
     "gradient_checkpointing", "vae_encode_batch_size", "offload", "offload_ema", "shard_timeout",

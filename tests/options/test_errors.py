@@ -78,6 +78,7 @@ def scripts_with(option):
 
 AT_LEAST_1, SOME_TEXT = "an integer of at least 1", "some text"
 VALUES = [
+    ("config", [""], [], SOME_TEXT),
     ("pretrained_teacher_model", ["", " "], ["some/teacher"], SOME_TEXT),
     ("pretrained_vae_model_name_or_path", [""], ["some/vae"], SOME_TEXT),
     ("teacher_revision", [""], ["fp16"], SOME_TEXT),

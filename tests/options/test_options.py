@@ -96,6 +96,7 @@ OWN_COMMON = {
     "teacher_negative_prompt": None,
     "vae_encode_batch_size": None,  # theirs is 32, for SDXL 8: the same latents but for rounding, and more memory
     "offload": False,
+    "config": None,
     "train_data_dir": None,
     "dataset_name": None,
     "dataset_config_name": None,

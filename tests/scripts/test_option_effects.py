@@ -799,6 +799,14 @@ def test_a_shard_that_stalls(run, shards):
     assert done.status == 0 and "no byte for 0.2 s" in done.log and "x shard unreadable" in done.printed
 
 
+@covers("config", by=ALL)
+def test_options_in_a_file(run, tmp_path):
+    """They are in effect, but for those that are given on the command line too."""
+    (tmp_path / "run.yaml").write_text("learning_rate: 0.05\nmax_train_steps: 7\nloss_type: huber\nw_max: 9\n")
+    of_file = run(f"--config={tmp_path}/run.yaml", drop=("learning_rate",))
+    assert same(of_file, run("--learning_rate=0.05", "--loss_type=huber", "--w_max=9")) and len(of_file.steps) == 2
+
+
 @pytest.fixture(scope="module")
 def own_pictures(tmp_path_factory):
     """The same four pictures as a folder with metadata, and as the second configuration of a data set."""
