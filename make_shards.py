@@ -127,7 +127,7 @@ def make_shards(args: Options) -> None:
     """Make the shards that are missing. Raises UserError."""
     from accelerate import PartialState
 
-    from lcm.data.packing import Packing, make_shards, open_source
+    from lcm.data.packing import Packing, advise_shapes, make_shards, open_source, sizes_of
     from lcm.data.writer import brace_range, read_counts
     from lcm.run.start import set_up_logs
 
@@ -138,15 +138,17 @@ def make_shards(args: Options) -> None:
 
         record = {name: value for name, value in public_options(args).items() if name not in PICTURES}
         paths = draw_shards(args, RECORD, record, MAY_CHANGE)
-        found = f"{args.num_images} pictures"
+        found, advice = f"{args.num_images} pictures", None
     else:
         packing = Packing(args.shard_size, args.max_shorter_side, args.picture_format)
         paths = make_shards(open_source(args), args.output_dir, packing)
-        found = str(read_counts(paths))
+        found, advice = str(read_counts(paths)), advise_shapes(sizes_of(paths))
     if state.is_main_process:
         size = sum(map(os.path.getsize, paths)) / 1e6
         print(f"\n{found}, {size:.1f} MB. Train with:\n"
               f'--train_shards_path_or_url="{brace_range(args.output_dir, len(paths))}"')  # fmt: skip
+        if advice:
+            print(f"To crop less than squares do:\n{advice}")
     state.destroy_process_group()
 
 

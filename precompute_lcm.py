@@ -15,8 +15,10 @@ from collections.abc import Sequence
 
 from lcm.errors import run
 from lcm.options import groups
+from lcm.options.checks import check_buckets
 from lcm.options.choices import CACHE_DTYPES, PRECISIONS
 from lcm.options.files import existing_parent
+from lcm.options.shapes import training_shapes
 from lcm.options.types import Options, integer, make_parser, text
 from lcm.secrets import public_options
 
@@ -69,6 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     args = parser.parse_args(argv, Options())
     if args.resolution is not None and args.resolution % 8:
         parser.error(f"--resolution: {args.resolution} given; allowed: multiples of 8")
+    check_buckets(parser, args)
     for name, other in (("width_key", "height_key"), ("height_key", "width_key")):
         if getattr(args, name) is not None and getattr(args, other) is None:
             parser.error(f"--{name}: given without --{other}; allowed: both or neither")
@@ -110,7 +113,7 @@ def precompute(args: Options) -> None:
     accelerator.print(f"{len(shards) - len(missing)} of {len(shards)} shards are there. Making {len(missing)}.")
     if mine:
         settings = {name: getattr(args, name) for name in DataConfig.__dataclass_fields__.keys() & vars(args).keys()}
-        config = DataConfig(shards, **settings)
+        config = DataConfig(shards, buckets=training_shapes(args) if args.aspect_ratio_buckets else (), **settings)
         maker = Maker(args, accelerator, kind(Options(**vars(args), **UNUSED), accelerator), config)
         if accelerator.is_main_process:
             maker.check_disk([shards[number] for number in missing])

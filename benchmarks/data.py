@@ -35,6 +35,7 @@ from lcm.data.pictures import open_picture, transform
 from lcm.data.shards import read_shard
 from lcm.data.stream import Item, Stream
 from lcm.data.writer import write_tar
+from lcm.options.shapes import covering_size
 
 
 def photograph(side: int, rng: np.random.Generator) -> bytes:
@@ -90,7 +91,8 @@ def difference(path: Path, resolution: int) -> str:
     """The PSNR in dB between the centre of the first picture as we read it, and decoded whole."""
     config = DataConfig((str(path),), batch_size=1, resolution=resolution, seed=0, center_crop=True)
     data, rng = next(iter(read_shard(str(path))))["jpg"], np.random.default_rng(0)  # type: ignore[index]
-    ours, whole = (transform(open_picture(data, side), config, rng)[0].astype(float) for side in (resolution, None))
+    sizes = (lambda size: covering_size((resolution, resolution), size), None)
+    ours, whole = (transform(open_picture(data, resized), config, rng)[0].astype(float) for resized in sizes)
     error = np.square(ours - whole).mean()
     return f"{10 * np.log10(255**2 / error):.1f}" if error else "equal"
 

@@ -29,7 +29,7 @@ CASES = {  # name: sizes of the shards, streams
 
 def samples(stream: lcm_stream.Stream) -> Iterator[Any]:
     """The samples of one stream, without end, as (shard, number)."""
-    return (sample for _, _, sample in stream.shuffled() if sample is not None)
+    return (read.sample for read in stream.shuffled() if isinstance(read, lcm_stream.Read))
 
 
 def uses(sizes: list[int], num_streams: int, num_passes: int, shuffle_buffer_size: int) -> Iterator[Counter[Any]]:

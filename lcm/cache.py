@@ -26,6 +26,7 @@ from lcm.errors import UserError, first_line
 
 SUFFIX, EMPTY_SUFFIX = "safetensors", "empty.safetensors"
 FORMAT = "lcm-cache-1"
+BUCKETS = "aspect_ratio_buckets"  # an entry of an origin, but for squares
 EMBEDDING = ("hidden_states", "pooled")
 
 Origin = dict[str, str]  # what made a sample; the same for all samples of a run
@@ -63,12 +64,26 @@ def unpack_sample(data: bytes, origin: Origin) -> Tensors:
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     shapes["moments"] = shapes.get("moments", [0])[1:]
     crops = shapes.pop("crops", None)
+    if origin.get(BUCKETS):
+        allowed = [[side // vae_factor(origin) for side in shape] for shape in json_shapes(origin)]
+        if shapes["moments"][1:] in allowed:
+            expected["moments"] = [*expected["moments"][:1], *shapes["moments"][1:]]
     if shapes != expected or crops != [len(moments), 2] or not len(moments):
         raise ValueError(f"shapes are {shapes} and {crops} of the crops, not {expected}")
     floats = [moments, *(tensors[name] for name in EMBEDDING if name in tensors)]
     if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in floats):
         raise ValueError("a number is not finite")
     return tensors
+
+
+def json_shapes(origin: Origin) -> list[list[int]]:
+    """The shapes of the pictures, [height, width] in pixels, that were cut to --aspect_ratio_buckets."""
+    return [[int(side) for side in shape.split(",")] for shape in origin[BUCKETS].split(";")]
+
+
+def vae_factor(origin: Origin) -> int:
+    """How many times a picture is as wide as its latents."""
+    return int(origin["resolution"]) // json.loads(origin["shapes"])["moments"][-1]
 
 
 def shapes_of(tensors: Tensors) -> str:
@@ -87,11 +102,17 @@ def check_entries(origin: Origin) -> None:
     """Raise ValueError for what cannot be the origin of cached samples: another format, or an unreadable entry."""
     if origin.get("format") != FORMAT:
         raise ValueError(f"its format is {origin.get('format')}, not {FORMAT}")
-    readers: dict[str, Callable[[Any], float]] = {"shapes": lambda _: sample_bytes(origin), "scaling_factor": float}
+    readers: dict[str, Callable[[Any], float]] = {
+        "shapes": lambda _: sample_bytes(origin),
+        "scaling_factor": float,
+        "resolution": lambda _: vae_factor(origin),
+    }
+    if BUCKETS in origin:
+        readers[BUCKETS] = lambda _: min(map(min, json_shapes(origin)))
     for name, read in readers.items():
         try:
             is_usable = 0 < read(origin[name]) < math.inf
-        except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError, ZeroDivisionError):
             is_usable = False
         if not is_usable:
             raise ValueError(f"its metadata has {origin.get(name)!r:.40} as {name}")
@@ -106,8 +127,8 @@ class Cache:
 
     def check(self, expected: Origin) -> None:
         """Raise UserError if these shards were made with another model, or other options, than `expected` has."""
-        for name, value in expected.items():
-            found = self.origin.get(name, "unknown")
+        for name, value in {BUCKETS: "None", **expected}.items():
+            found = self.origin.get(name, "None" if name == BUCKETS else "unknown")
             if found != value:
                 what = {"vae": "VAE", "text_encoders": "text encoder", "family": "kind of model"}.get(name)
                 given = f"with another {what} than this run's" if what else f"with --{name} {found}, not {value}"

@@ -69,6 +69,18 @@ class Maker:
         pixels = torch.from_numpy(np.stack(crops)).to(self.device).float() / 127.5 - 1
         return self.family.moments(pixels).to("cpu", self.dtype)
 
+    def moments_of(self, batch: list[Row]) -> list[torch.Tensor]:
+        """The moments (variants, 2C, h, w) of the crops of each of B samples, encoded together with those of their
+        shape."""
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for i, row in enumerate(batch):
+            by_shape.setdefault(row.crops[0][0].shape, []).append(i)
+        found: dict[int, torch.Tensor] = {}
+        for members in by_shape.values():
+            moments = self.moments([pixels for i in members for pixels, _ in batch[i].crops])
+            found |= zip(members, moments.chunk(len(members)), strict=True)
+        return [found[i] for i in range(len(batch))]
+
     def check_disk(self, shards: list[str]) -> None:
         """Say how much will be written. Raises UserError if the disk has less than that.
 
@@ -143,14 +155,13 @@ class Maker:
     def encode(self, batch: list[Row], tally: Tally) -> Iterator[dict[str, Any]]:
         """Yield the members of B samples."""
         try:
-            moments = self.moments([pixels for row in batch for pixels, _ in row.crops])
+            moments = self.moments_of(batch)
             embeddings = self.embed([row.read.caption for row in batch])
         except torch.OutOfMemoryError as error:
             raise UserError(f"--batch_size: {self.args.batch_size} given, but {first_line(error)}") from error
-        variants = len(batch[0].crops)
         for i, row in enumerate(batch):
             tensors = {
-                "moments": moments[i * variants : (i + 1) * variants],
+                "moments": moments[i],
                 **{name: part[i] for name, part in embeddings.items()},
             }
             key = row.sample["__key__"]

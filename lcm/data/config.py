@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from lcm.cache import Origin, sample_bytes
 from lcm.options.plan import Plan
+from lcm.options.shapes import Shape, training_shapes
 from lcm.options.types import Options
 
 BATCHES_AHEAD = 2  # batches that a data worker prepares ahead; the default of DataLoader
@@ -17,6 +18,7 @@ class DataConfig:
     batch_size: int
     resolution: int  # pixels, both sides
     seed: int
+    buckets: tuple[Shape, ...] = ()  # (height, width) in pixels, in place of the square
     interpolation_type: str = "bilinear"
     center_crop: bool = False
     random_flip: bool = False
@@ -25,6 +27,7 @@ class DataConfig:
     width_key: str | None = None  # in the JSON; None measures the picture
     height_key: str | None = None
     min_image_size: int = 0  # pixels, of the shorter side
+    min_image_area: float = 0.0  # 10^6 pixels
     max_watermark_probability: float | None = None  # against `pwatermark` in the JSON
     shuffle_buffer_size: int = 1000  # samples a block
     shuffle_buffer_mb: float = 512.0  # 10^6 bytes, after which a block ends early
@@ -33,6 +36,11 @@ class DataConfig:
     num_workers: int = 0
     rank: int = 0
     num_processes: int = 1
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shapes of pictures, (height, width) in pixels."""
+        return self.buckets or ((self.resolution, self.resolution),)
 
     @property
     def streams_per_process(self) -> int:
@@ -45,8 +53,9 @@ class DataConfig:
     @property
     def max_bytes(self) -> float:
         """Most bytes that the streams of a process use: blocks of encoded samples, and prepared batches."""
-        batch = self.batch_size * (sample_bytes(self.origin) if self.origin else 3 * self.resolution**2)
-        ahead = 1 + BATCHES_AHEAD * (self.num_workers > 0)
+        pixels = 3 * max(height * width for height, width in self.shapes)
+        batch = self.batch_size * (sample_bytes(self.origin) if self.origin else pixels)
+        ahead = len(self.shapes) + BATCHES_AHEAD * (self.num_workers > 0)
         return self.streams_per_process * (self.shuffle_buffer_mb * 1e6 + ahead * batch)
 
 
@@ -55,6 +64,7 @@ def data_config(args: Options, plan: Plan, rank: int) -> DataConfig:
     names = DataConfig.__dataclass_fields__.keys() & vars(args).keys() - {"seed"}
     return DataConfig(
         shards=plan.shards,
+        buckets=training_shapes(args) if args.aspect_ratio_buckets else (),
         origin=plan.cache.origin if plan.cache else None,
         seed=plan.seed,
         batch_size=args.train_batch_size,

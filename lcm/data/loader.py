@@ -6,7 +6,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from functools import partial
 from multiprocessing.synchronize import Event
 from typing import Any
@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 
 from lcm.data.commands import end_children
 from lcm.data.config import BATCHES_AHEAD, DataConfig
-from lcm.data.order import ORDER_VERSION, Part, Position, shard_parts
+from lcm.data.order import ORDER_VERSION, Address, Part, Position, shard_parts
 from lcm.data.samples import FOR_DEVICE
 from lcm.data.stream import Item, Stream
 from lcm.data.tally import Tally, describe
@@ -55,24 +55,40 @@ def is_death(error: Exception) -> bool:
     return not str(error).startswith("Caught ")
 
 
+def stored_tally(state: dict[str, Any]) -> Tally:
+    """The tally in a result of `TrainingData.state_dict`."""
+    skipped, shapes = Counter(state["skipped"]), Counter(state.get("shapes", {}))
+    return Tally(state["num_used"], state.get("num_unscored", 0), skipped, shapes)
+
+
 class Streams(torch.utils.data.IterableDataset):
     """The dataset of one process: worker w iterates over stream (w + first) mod the number of workers."""
 
-    def __init__(self, config: DataConfig, positions: list[Position], empty_passes: list[int], first: int):
+    def __init__(
+        self,
+        config: DataConfig,
+        positions: list[Position],
+        empty_passes: list[int],
+        waiting: list[list[Address]],
+        first: int,
+    ):
         self.config, self.positions, self.empty_passes, self.first = config, positions, empty_passes, first
+        self.waiting = waiting
 
     def __iter__(self) -> Iterator[Item]:
         worker = torch.utils.data.get_worker_info()
         index = ((worker.id if worker else 0) + self.first) % self.config.streams_per_process
-        return iter(Stream(self.config, index, self.positions[index], self.empty_passes[index]))
+        place = self.positions[index], self.empty_passes[index], self.waiting[index]
+        return iter(Stream(self.config, index, *place))
 
 
 class TrainingData:
     """An endless iterator over the batches of one process; `state_dict` holds its position and its tally.
 
     A batch is a dict: `pixels` (B, 3, H, W) float32 in [-1, 1] on `device`, `captions` a list of B strings,
-    `original_sizes` (height, width) and `crops` (top, left), both (B, 2) int64 pixels. If the samples are cached it
-    has `moments` (B, 2C, h, w) in place of `pixels`, the embeddings of the captions, and `is_empty` (B,).
+    `original_sizes` (height, width) and `crops` (top, left), both (B, 2) int64 pixels, `target_size` (H, W). If the
+    samples are cached it has `moments` (B, 2C, h, w) in place of `pixels`, the embeddings of the captions, and
+    `is_empty` (B,).
     Raises UserError after a complete pass over the shards without a usable sample.
     """
 
@@ -80,6 +96,7 @@ class TrainingData:
         self.config, self.device = config, device
         self.positions = [Position()] * config.streams_per_process
         self.empty_passes = [0] * config.streams_per_process
+        self.waiting: list[list[Address]] = [[] for _ in self.positions]
         self.next_stream = 0
         self.tally = Tally()
 
@@ -88,10 +105,12 @@ class TrainingData:
             "order": ORDER_VERSION,
             "positions": [asdict(position) for position in self.positions],
             "empty_passes": list(self.empty_passes),
+            "waiting": [[list(astuple(address)) for address in waiting] for waiting in self.waiting],
             "next_stream": self.next_stream,
             "num_used": self.tally.used,
             "num_unscored": self.tally.unscored,
             "skipped": dict(self.tally.skipped),
+            "shapes": dict(self.tally.shapes),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -104,10 +123,13 @@ class TrainingData:
             )
         self.positions = [Position(**position) for position in state["positions"]]
         self.empty_passes = list(state["empty_passes"])
+        saved = state.get("waiting") or [[] for _ in self.positions]  # older ones have none
+        self.waiting = [[Address(*address) for address in waiting] for waiting in saved]
         self.next_stream = state["next_stream"]
-        self.tally = Tally(state["num_used"], state.get("num_unscored", 0), Counter(state["skipped"]))
-        places = [number for position in self.positions for number in asdict(position).values()]
-        counts = (self.tally.used, self.tally.unscored, *self.tally.skipped.values())
+        self.tally = stored_tally(state)
+        places = [number for position in self.positions for number in astuple(position)]
+        places += [number for waiting in self.waiting for address in waiting for number in astuple(address)]
+        counts = (self.tally.used, self.tally.unscored, *self.tally.skipped.values(), *self.tally.shapes.values())
         for number in (*places, *self.empty_passes, self.next_stream, *counts):
             if type(number) is not int or number < 0:
                 raise ValueError(f"{number!r} is not a position in the data")
@@ -125,9 +147,9 @@ class TrainingData:
         """
         passes = 1 + max(position["pass_index"] for state in states for position in state["positions"])
         self.positions = [Position(passes * self.config.num_streams)] * self.config.streams_per_process
+        self.waiting = [[] for _ in self.positions]
         if self.config.rank == 0:
-            tallies = [Tally(s["num_used"], s.get("num_unscored", 0), Counter(s["skipped"])) for s in states]
-            self.tally = sum(tallies, Tally())
+            self.tally = sum(map(stored_tally, states), Tally())
 
     def totals(self) -> Tally:
         """The sum of the tallies of all processes; all of them must call this."""
@@ -162,7 +184,7 @@ class TrainingData:
         """Yield the items of one DataLoader that starts at `positions`."""
         closing = multiprocessing.Event()
         loader = torch.utils.data.DataLoader(
-            Streams(self.config, self.positions, self.empty_passes, self.next_stream),
+            Streams(self.config, self.positions, self.empty_passes, self.waiting, self.next_stream),
             batch_size=None,
             num_workers=self.config.num_workers,
             prefetch_factor=BATCHES_AHEAD if self.config.num_workers else None,
@@ -187,6 +209,7 @@ class TrainingData:
         for item in self.items():
             self.positions[item.stream] = item.position
             self.empty_passes[item.stream] = item.empty_passes
+            self.waiting[item.stream] = item.waiting
             self.next_stream = (item.stream + 1) % self.config.streams_per_process
             self.tally += item.tally
             for problem in item.problems:

@@ -21,6 +21,17 @@ class Position:
     taken: int = 0
 
 
+@dataclass(frozen=True)
+class Address:
+    """Where a sample is that was read, and waits for others of its shape."""
+
+    pass_index: int
+    shard_index: int  # within the stream's share of this pass
+    member_index: int  # within the shard
+    block_index: int  # within this pass
+    number: int  # within the block
+
+
 def shard_parts(config: DataConfig) -> list[Part]:
     """The parts that are dealt out among the streams.
 

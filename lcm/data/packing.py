@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
-from lcm.data.pictures import Unusable, open_picture
+from lcm.data.pictures import Size, Unusable, open_picture
 from lcm.data.shards import Problem, Sample
 from lcm.data.sources import DataSet, PictureFolder, Source
 from lcm.data.tally import Tally
@@ -28,6 +29,7 @@ from lcm.data.writer import (
     write_tar,
 )
 from lcm.errors import UserError
+from lcm.options.shapes import Shape, as_text, make_buckets, nearest_shape
 from lcm.options.types import Options
 
 logger = logging.getLogger(__name__)
@@ -57,14 +59,19 @@ def open_source(args: Options) -> Source:
 def make_sample(source: Source, number: int, packing: Packing) -> Sample:
     """The members of one sample: the picture as it is, or made smaller; captions and sizes. Raises Unusable."""
     raw, most = source.read(number), packing.max_shorter_side
+
+    def reduced(size: Size) -> Size:
+        if most is None or min(size) <= most:
+            return size
+        return round(most * size[0] / min(size)), round(most * size[1] / min(size))
+
     try:
-        picture = open_picture(raw.data, most)
+        picture = open_picture(raw.data, reduced)
     except Unusable as error:
         reason, detail = error.args
         raise Unusable(reason, f"{raw.name}: {detail}") from None
-    size, data, suffix = picture.size, raw.data, SUFFIXES[picture.format]
-    if most is not None and min(size) > most:
-        size = round(most * size[0] / min(size)), round(most * size[1] / min(size))
+    size, data, suffix = reduced(picture.size), raw.data, SUFFIXES[picture.format]
+    if size != picture.size:
         suffix = packing.picture_format
         data = encode_picture(picture.image.resize(size, Image.Resampling.LANCZOS), suffix)
     entries = {**raw.about, "file": raw.name}
@@ -73,7 +80,7 @@ def make_sample(source: Source, number: int, packing: Packing) -> Sample:
 
 def make_shard(source: Source, numbers: range, packing: Packing, path: str, progress: Any) -> None:
     """Write the pictures with these numbers to a shard; and beside it counts, and what is wrong with the others."""
-    tally, ratios, problems = Tally(), Counter[str](), list[str]()
+    tally, sizes, problems = Tally(), Counter[str](), list[str]()
 
     def sample_or_problem(number: int) -> Sample | Problem:
         try:
@@ -92,9 +99,9 @@ def make_shard(source: Source, numbers: range, packing: Packing, path: str, prog
                         continue
                     tally.used += 1
                     about = json.loads(made["json"])
-                    ratios[f"{about['width'] / about['height']:.2f}"] += 1
+                    sizes[f"{about['width']}x{about['height']}"] += 1
                     yield made
-        write_counts(path, tally, {"ratios": dict(ratios), "problems": problems})
+        write_counts(path, tally, {"sizes": dict(sizes), "problems": problems})
 
     write_tar(path, samples())
 
@@ -125,10 +132,29 @@ def shards_of_pictures(args: Options) -> list[str]:
     return paths
 
 
-def ratios_of(paths: Sequence[str]) -> Counter[float]:
-    """How many pictures of these shards have which width / height."""
-    found = Counter[float]()
+def sizes_of(paths: Sequence[str]) -> Counter[Size]:
+    """How many pictures of these shards have which (width, height)."""
+    found = Counter[Size]()
     for path in paths:
         with open(counts_path(path), encoding="utf-8") as file:
-            found.update({float(ratio): count for ratio, count in json.load(file)["ratios"].items()})
+            for size, count in json.load(file)["sizes"].items():
+                width, height = map(int, size.split("x"))
+                found[width, height] += count
     return found
+
+
+def advise_shapes(sizes: Counter[Size]) -> str:
+    """Options of a training that fit pictures of these sizes, with the shapes that at least 1 % of them need.
+
+    The resolution is the largest of 1024 and 512, or else of the multiples of 64, that half of the pictures fill by
+    three quarters.
+    """
+    areas = sorted((width * height for width, height in sizes.elements()), reverse=True)
+    side = math.isqrt(int(areas[(len(areas) - 1) // 2] / 0.75))
+    resolution = 1024 if side >= 1024 else 512 if side >= 512 else max(64, side // 64 * 64)
+    shapes, total = Counter[Shape](), sizes.total()
+    for size, count in sizes.items():
+        shapes[nearest_shape(make_buckets(resolution, 64, "area"), size)] += count
+    frequent = {shape: count for shape, count in shapes.most_common() if count >= total / 100}
+    shares = ", ".join(f"{100 * n / total:.0f} % {width} x {height}" for (height, width), n in frequent.items())
+    return f'--resolution={resolution} --aspect_ratio_buckets="{as_text(list(frequent))}"   # {shares}'

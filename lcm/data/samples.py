@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lcm.cache import EMBEDDING, SUFFIX, unpack_sample
+from lcm.cache import EMBEDDING, SUFFIX, unpack_sample, vae_factor
 from lcm.data.config import DataConfig
 from lcm.data.pictures import Picture, Unusable, open_picture, transform
 from lcm.data.shards import Problem, Sample, TooLarge
 from lcm.options.choices import CAPTION_SUFFIXES, PICTURE_FORMATS
+from lcm.options.shapes import covering_size, nearest_shape
 
 FOR_DEVICE = {"pixels", "moments", "is_empty", *EMBEDDING}  # the tensors of a batch that the device needs
 
@@ -83,6 +84,8 @@ def check_size(width: float, height: float, config: DataConfig) -> None:
     """Raise Unusable for a picture that is too small."""
     if min(width, height) < config.min_image_size:
         raise Unusable("smaller than --min_image_size", f"{width} x {height}")
+    if width * height < config.min_image_area * 1e6:
+        raise Unusable("smaller than --min_image_area", f"{width} x {height}")
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def read_sample(sample: Sample, config: DataConfig, rng: np.random.Generator) ->
     info = read_json(sample)
     caption = read_caption(sample, info, config.caption_key, rng)
     unscored = check_watermark(sample, info, config)
-    picture = open_picture(sample[suffix], config.resolution)
+    shapes = config.shapes
+    picture = open_picture(sample[suffix], lambda size: covering_size(nearest_shape(shapes, size), size))
     width = json_number(info, config.width_key) if config.width_key else picture.size[0]
     height = json_number(info, config.height_key) if config.height_key else picture.size[1]
     check_size(width, height, config)
@@ -118,8 +122,9 @@ def read_sample(sample: Sample, config: DataConfig, rng: np.random.Generator) ->
 def decode_sample(sample: Sample, config: DataConfig, rng: np.random.Generator) -> dict[str, Any]:
     """Turn the bytes of a sample into one row of a batch. Raises Unusable.
 
-    Returns a dict: `pixels` (3, H, W) uint8, `caption` str, `original_size` (height, width) and `crop` (top, left) in
-    pixels, and `unscored`: whether it passed the watermark filter only because its JSON has no `pwatermark`.
+    Returns a dict: `pixels` (3, H, W) uint8, `caption` str, `original_size` (height, width), `crop` (top, left) and
+    `target_size` (H, W) in pixels, and `unscored`: whether it passed the watermark filter only because its JSON has no
+    `pwatermark`.
     """
     if config.origin is not None:
         return decode_cached(sample, config, rng)
@@ -127,7 +132,7 @@ def decode_sample(sample: Sample, config: DataConfig, rng: np.random.Generator) 
     caption = "" if rng.random() < config.proportion_empty_prompts else read.caption
     pixels, crop = transform(read.picture, config, rng)
     about = {"caption": caption, "original_size": read.original_size, "crop": crop, "unscored": read.unscored}
-    return {"pixels": pixels, **about}
+    return {"pixels": pixels, "target_size": pixels.shape[1:], **about}
 
 
 def decode_cached(sample: Sample, config: DataConfig, rng: np.random.Generator) -> dict[str, Any]:
@@ -150,6 +155,7 @@ def decode_cached(sample: Sample, config: DataConfig, rng: np.random.Generator) 
     check_size(width, height, config)
     is_empty = bool(rng.random() < config.proportion_empty_prompts)
     moments = tensors.pop("moments")
+    factor = vae_factor(config.origin)
     number = int(rng.integers(len(moments))) if len(moments) > 1 else 0
     return {
         "moments": moments[number],
@@ -158,17 +164,19 @@ def decode_cached(sample: Sample, config: DataConfig, rng: np.random.Generator) 
         "caption": "" if is_empty else caption,
         "original_size": (height, width),
         "crop": tuple(tensors["crops"][number].tolist()),
+        "target_size": (factor * moments.shape[2], factor * moments.shape[3]),
         "unscored": unscored,
     }
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join B rows of `decode_sample` into a batch: `pixels` (B, 3, H, W) uint8 or what is cached in their place,
-    `captions` a list of B strings, `original_sizes` and `crops` (B, 2) int64."""
+    """Join B rows of `decode_sample` of one shape into a batch: `pixels` (B, 3, H, W) uint8 or what is cached in
+    their place, `captions` a list of B strings, `original_sizes` and `crops` (B, 2) int64, `target_size` (H, W)."""
     batch = {
         "captions": [row["caption"] for row in rows],
         "original_sizes": torch.tensor([row["original_size"] for row in rows]),
         "crops": torch.tensor([row["crop"] for row in rows]),
+        "target_size": rows[0]["target_size"],
     }
     if "pixels" in rows[0]:
         return {"pixels": torch.from_numpy(np.stack([row["pixels"] for row in rows])), **batch}

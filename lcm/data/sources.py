@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -165,7 +166,8 @@ def walk(folder: str) -> Iterator[str]:
 class DataSet(Source):
     """A data set of the library `datasets`: on the Hub, a folder with parquet or arrow files, or a saved one.
 
-    Pictures stay as they are encoded. Raises UserError for all that goes wrong when it is loaded.
+    Those in a folder are copied to a temporary one, in which the library looks for them. Pictures stay as they are
+    encoded. Raises UserError for all that goes wrong when it is loaded.
     """
 
     def __init__(self, name: str, config_name: str | None, image_column: str, caption_column: str):
@@ -176,8 +178,12 @@ class DataSet(Source):
         self.caption_column, self.image_column = caption_column, image_column
         datasets.disable_progress_bars()
         try:
-            saved = os.path.isdir(name) and any(map(os.path.isfile, saved_files(name)))
-            table = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config_name)
+            if any(map(os.path.isfile, saved_files(name))):
+                table = datasets.load_from_disk(name)
+            else:
+                # The library's cache may take one folder for another of the same name: a local one gets its own.
+                self.cache = tempfile.TemporaryDirectory() if os.path.isdir(name) else None
+                table = datasets.load_dataset(name, config_name, cache_dir=self.cache and self.cache.name)
             if isinstance(table, dict):
                 table = table["train"] if "train" in table else table[next(iter(table))]
         except Exception as error:  # it raises nearly anything

@@ -12,13 +12,14 @@ import diffusers
 import torch
 from accelerate import Accelerator
 
-from lcm.cache import FORMAT, Cache, Origin, content_hash
+from lcm.cache import BUCKETS, FORMAT, Cache, Origin, content_hash
 from lcm.models.loading import weight_dtype, weight_files
 from lcm.models.offload import OnDevice
 from lcm.models.prompts import Conditioning, PromptEncoder, SDXLPromptEncoder
 from lcm.models.schedule import load_noise_schedule
 from lcm.models.unet import load_unet
 from lcm.models.vae import encode_pixels, load_vae, sample_latents
+from lcm.options.shapes import as_text, training_shapes
 from lcm.options.types import Options
 
 # Options that decide what is in a cached sample.
@@ -34,9 +35,9 @@ CACHED_OPTIONS = (
 PIXELS_AT_ONCE = 2**20  # that the VAE encodes, unless --vae_encode_batch_size says otherwise
 
 
-def pictures_at_once(resolution: int) -> int:
-    """How many pictures of this width and height have PIXELS_AT_ONCE, at least 1."""
-    return max(1, PIXELS_AT_ONCE // resolution**2)
+def pictures_at_once(height: int, width: int) -> int:
+    """How many pictures of this size have PIXELS_AT_ONCE, at least 1."""
+    return max(1, PIXELS_AT_ONCE // (height * width))
 
 
 class Family:
@@ -79,6 +80,7 @@ class Family:
             "vae": content_hash(weight_files(self.args, None if path else "vae", path)),
             "text_encoders": content_hash(encoders),
             **{name: str(getattr(self.args, name)) for name in CACHED_OPTIONS},
+            **({BUCKETS: as_text(training_shapes(self.args))} if self.args.aspect_ratio_buckets else {}),
         }
 
     @contextlib.contextmanager
@@ -110,7 +112,7 @@ class Family:
 
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
         """The moments (B, 2C, h, w) of the VAE's posterior for pixels (B, 3, H, W) in [-1, 1]."""
-        size = self.args.vae_encode_batch_size or pictures_at_once(self.args.resolution)
+        size = self.args.vae_encode_batch_size or pictures_at_once(*pixels.shape[-2:])
         with self.vae_on_device:
             return encode_pixels(self.vae, pixels, size)
 

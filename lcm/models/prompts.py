@@ -271,7 +271,7 @@ class SDXLPromptEncoder(Prompts):
         """SDXL's micro-conditioning (B, 6) float32: original height and width, crop top and left, target height and
         width, in pixels. In 16 bits they would be rounded."""
         sizes, crops = batch["original_sizes"], batch["crops"]
-        target = torch.full_like(sizes, self.args.resolution)
+        target = torch.tensor(batch["target_size"]).expand_as(sizes)
         if self.args.use_fix_crop_and_size:
             sizes, crops = target, torch.zeros_like(crops)
         return send(torch.cat([sizes, crops, target], dim=1).float(), self.accelerator.device)

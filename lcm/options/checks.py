@@ -5,6 +5,7 @@ import os
 
 from lcm.options.choices import TRACKERS
 from lcm.options.files import existing_parent, find_checkpoint, is_repository_name, read_prompts, repository_name
+from lcm.options.shapes import AUTO, training_shapes
 from lcm.options.types import Options, Parser
 
 SOURCES = ("train_shards_path_or_url", "train_data_dir", "dataset_name")
@@ -43,6 +44,7 @@ def parse(parser: Parser, argv: list[str] | None = None) -> Options:
     if "unet_time_cond_proj_dim" in args and args.unet_time_cond_proj_dim is None and args.w_max > 0:
         args.unet_time_cond_proj_dim = 256
     need(args.resolution % 8 == 0, "--resolution", f"{args.resolution} given; allowed: multiples of 8")
+    check_buckets(parser, args)
     need(args.max_train_steps or args.max_train_samples, "--max_train_steps",
          "not given; allowed: a number of steps, or --max_train_samples for the length of an epoch")
     for name, other in (("width_key", "height_key"), ("height_key", "width_key")):
@@ -80,6 +82,18 @@ def parse(parser: Parser, argv: list[str] | None = None) -> Options:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     args.freeze()
     return args
+
+
+def check_buckets(parser: Parser, args: Options) -> None:
+    """Exit with one line if the options of the shapes of pictures do not fit together."""
+    if args.aspect_ratio_buckets != AUTO:
+        for name in ("aspect_bucket_rounding", "resolution_type"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name}: given, but only --aspect_ratio_buckets auto makes shapes; allowed: both")
+    if args.aspect_bucket_rounding % 8:
+        parser.error(f"--aspect_bucket_rounding: {args.aspect_bucket_rounding} given; allowed: multiples of 8")
+    if args.aspect_ratio_buckets == AUTO and args.resolution is not None and not training_shapes(args):
+        parser.error(f"--aspect_bucket_rounding: {args.aspect_bucket_rounding} given; allowed: at most --resolution")
 
 
 def target_in_words(args: Options) -> str:

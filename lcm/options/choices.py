@@ -36,6 +36,9 @@ INTERPOLATIONS = {
     "lanczos": "LANCZOS",
 }
 
+# What --resolution says of the shapes that `--aspect_ratio_buckets auto` makes: computed by lcm.options.shapes.
+RESOLUTION_TYPES = ("area", "pixel")
+
 # Samplers: the class in diffusers, and the settings that are not the teacher's.
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),

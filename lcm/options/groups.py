@@ -10,10 +10,12 @@ from lcm.options.choices import (
     LOSSES,
     LR_SCHEDULES,
     PRECISIONS,
+    RESOLUTION_TYPES,
     TARGETS,
     TRACKERS,
     VALIDATION_PROMPTS,
 )
+from lcm.options.shapes import buckets
 from lcm.options.types import Parser, integer, names, number, sizes, text
 
 Group = argparse._ArgumentGroup
@@ -89,10 +91,18 @@ def add_picture_options(group: Group) -> None:
 
 
 def add_crop_options(group: Group, resolution: int | None) -> None:
-    """How pictures become squares."""
+    """How pictures are resized and cropped."""
     add = group.add_argument
     add("--resolution", type=integer(8), default=resolution, metavar="PIXELS",
         help="Pictures are resized so that their shorter side has this length, then cropped to a square.")
+    add("--aspect_ratio_buckets", type=buckets, metavar="H,W;H,W;...",
+        help="Crop each picture to that of these shapes, in pixels, whose aspect ratio is nearest to its own, instead "
+             "of a square; every batch has one shape. `auto` makes shapes from --resolution.")
+    add("--aspect_bucket_rounding", type=integer(8), default=64, metavar="PIXELS",
+        help="The sides of the shapes that `auto` makes are multiples of this.")
+    add("--resolution_type", default="area", choices=RESOLUTION_TYPES,
+        help="The shapes that `auto` makes have the area of the square (`area`), or its side as their shorter one "
+             "(`pixel`).")
     add("--interpolation_type", default="bilinear",
         choices=INTERPOLATIONS,
         help="How Pillow resizes.")
@@ -113,6 +123,8 @@ def add_sample_options(group: Group, max_watermark_probability: float | None) ->
         help="Key of the picture's original height in the JSON. Measured on the picture if unset.")
     add("--min_image_size", type=integer(0), default=0, metavar="PIXELS",
         help="Skip, and count, pictures whose shorter side is smaller.")
+    add("--min_image_area", type=number(0), default=0.0, metavar="MEGAPIXELS",
+        help="Skip, and count, pictures with less than so many million pixels.")
     add("--max_watermark_probability", type=number(0, 1), default=max_watermark_probability, metavar="P",
         help="Skip, and count, samples whose JSON gives a larger `pwatermark`. Those without are kept, and counted.")
 

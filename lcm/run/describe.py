@@ -14,6 +14,14 @@ from lcm_common import DDIMSolver
 logger = logging.getLogger(__name__)
 
 
+def shapes_in_words(config: DataConfig) -> str:
+    """The shapes of the pictures, width x height."""
+    shapes = [f"{width} x {height}" for height, width in config.shapes]
+    if len(shapes) == 1:
+        return f"{shapes[0]} pixels"
+    return f"{len(shapes)} shapes, each batch one of them: {', '.join(shapes)}"
+
+
 def describe_run(
     args: Options, plan: Plan, device: torch.device, networks: Networks, solver: DDIMSolver, data_config: DataConfig
 ) -> None:
@@ -31,8 +39,8 @@ def describe_run(
         f"Batch: {args.train_batch_size} samples x {plan.num_processes} processes "
         f"x {plan.gradient_accumulation_steps} accumulated = {plan.samples_per_step} a step",
         f"Length: {steps} steps = {steps * plan.samples_per_step} samples{epochs}",
-        f"Data: {len(plan.shards)} shard(s), {data_config.num_streams} stream(s), {args.resolution} x "
-        f"{args.resolution} pixels, seed {plan.seed}{', cached: no VAE, no text encoder' if plan.cache else ''}",
+        f"Data: {len(plan.shards)} shard(s), {data_config.num_streams} stream(s), {shapes_in_words(data_config)}, "
+        f"seed {plan.seed}{', cached: no VAE, no text encoder' if plan.cache else ''}",
         f"Host memory for data, a process: up to {data_config.max_bytes / 1e9:.2g} GB, "
         f"{data_config.streams_per_process} x {data_config.shuffle_buffer_mb:g} MB of it for --shuffle_buffer_mb",
         f"Distillation: target {target_in_words(args)}, {args.num_ddim_timesteps} DDIM steps, {guidance}, "

@@ -8,6 +8,7 @@ from itertools import chain, combinations
 from typing import Any
 
 from lcm.models.family import pictures_at_once
+from lcm.options.shapes import training_shapes
 from lcm.options.types import Options
 from lcm.simulation.many import Command, Peaks, make_pool, num_cores, peaks_of
 from lcm.simulation.report import table
@@ -21,12 +22,13 @@ def savers(args: Options, is_sharded: bool = False) -> list[More]:
     `is_sharded` says whether FSDP splits the networks, and with them the moving average.
     """
     is_whole = "lora" not in args.script
+    at_once = min(pictures_at_once(*shape) for shape in training_shapes(args))
     helps = {
         "--gradient_checkpointing": not args.gradient_checkpointing,
         "--offload": not args.offload,
         "--offload_ema": is_whole and not is_sharded and not args.offload_ema,
         "--cast_teacher_unet": is_whole and not args.cast_teacher_unet and args.mixed_precision is not None,
-        "--vae_encode_batch_size=1": (args.vae_encode_batch_size or 0) > pictures_at_once(args.resolution),
+        "--vae_encode_batch_size=1": (args.vae_encode_batch_size or 0) > at_once,
         "--use_8bit_adam": not args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is not None,
     }
     return [(option,) for option, is_useful in helps.items() if is_useful]

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import math
 import tempfile
 import time
 from collections import Counter
@@ -113,7 +114,8 @@ def build(loader: Any, option: str, source: str, **kwargs: Any) -> torch.nn.Modu
 def empty_items(data: TrainingData) -> Iterator[Item]:
     """Items as from the streams, with pictures, or cached tensors, of zeros."""
     config = data.config
-    shapes: dict[str, list[int]] = {"pixels": [3, config.resolution, config.resolution]}
+    largest = max(config.shapes, key=math.prod)
+    shapes: dict[str, list[int]] = {"pixels": [3, *largest]}
     dtypes = {"pixels": torch.uint8, "is_empty": torch.bool}
     if config.origin:
         shapes = {**json.loads(config.origin["shapes"]), "is_empty": []}
@@ -123,10 +125,11 @@ def empty_items(data: TrainingData) -> Iterator[Item]:
         batch = {
             **{name: torch.zeros(config.batch_size, *shape, dtype=dtypes[name]) for name, shape in shapes.items()},
             "captions": ["a caption"] * config.batch_size,
-            "original_sizes": torch.full((config.batch_size, 2), config.resolution),
+            "original_sizes": torch.tensor([largest] * config.batch_size),
+            "target_size": largest,
             "crops": torch.zeros(config.batch_size, 2, dtype=torch.int64),
         }
-        yield Item(0, Position(), 0, [], batch, Tally(used=config.batch_size))
+        yield Item(0, Position(), 0, [], [], batch, Tally(used=config.batch_size))
 
 
 def few_pictures(args: Options) -> list[str]:

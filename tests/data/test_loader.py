@@ -32,13 +32,17 @@ def test_every_option_reaches_the_config():
     named = {
         "resolution": 40, "seed": 7, "interpolation_type": "box", "center_crop": True, "random_flip": True,
         "proportion_empty_prompts": 0.1, "caption_key": "a", "width_key": "b", "height_key": "c", "min_image_size": 3,
+        "min_image_area": 0.5,
         "max_watermark_probability": 0.2, "shuffle_buffer_size": 9, "shuffle_buffer_mb": 3.5, "shard_timeout": 4.5,
     }  # fmt: skip
-    args = SimpleNamespace(**named, train_batch_size=5, dataloader_num_workers=2, learning_rate=1)
-    made = lcm_config.data_config(
-        args, SimpleNamespace(cache=None, shards=("a.tar",), seed=7, num_processes=3), rank=1
-    )
-    assert made == DataConfig(shards=("a.tar",), batch_size=5, num_workers=2, rank=1, num_processes=3, **named)
+    more = {"train_batch_size": 5, "dataloader_num_workers": 2, "learning_rate": 1}
+    plan = SimpleNamespace(cache=None, shards=("a.tar",), seed=7, num_processes=3)
+    for buckets, shapes in ((None, ()), ("16,24;8,8", ((16, 24), (8, 8)))):
+        args = SimpleNamespace(**named, **more, aspect_ratio_buckets=buckets)
+        made = lcm_config.data_config(args, plan, rank=1)
+        expected = {"batch_size": 5, "num_workers": 2, "rank": 1, "num_processes": 3, "buckets": shapes}
+        assert made == DataConfig(shards=("a.tar",), **expected, **named)
+    assert made.shapes == shapes and DataConfig(("a.tar",), 1, 40, 0).shapes == ((40, 40),)
 
 
 @pytest.mark.parametrize(("num_workers", "num_processes"), [(0, 1), (2, 1), (0, 2), (2, 2), (3, 1), (0, 5)])

@@ -119,7 +119,7 @@ def test_each_stream_uses_each_sample_once_a_cycle(monkeypatch, sizes, num_strea
     monkeypatch.setattr(lcm_stream, "read_shard", lambda url, _: ((url, i) for i in range(sizes[int(url)])))
     run = config(*range(len(sizes)), num_processes=num_streams, shuffle_buffer_size=block)
     streams = [lcm_stream.Stream(replace(run, rank=rank), 0).shuffled() for rank in range(num_streams)]
-    streams = [(sample for *_, sample in stream if sample is not None) for stream in streams]
+    streams = [(read.sample for read in stream if isinstance(read, lcm_stream.Read)) for stream in streams]
     counts = Counter({(str(shard), i): 0 for shard, size in enumerate(sizes) for i in range(size)})
     for stream in streams:
         counts.update(itertools.islice(stream, cycles * sum(sizes)))

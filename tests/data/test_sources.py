@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,29 @@ def test_a_data_set(folder, tmp_path, kind):
     for path, ((data, _), _, about) in zip(paths, found.values(), strict=True):
         assert Path(path).read_bytes() == data
         assert (about["caption"], about["n"]) == (["a", "b"] if about["n"] == 0 else path, paths.index(path))
+
+
+def test_data_sets_of_one_name_are_not_mixed_up(tmp_path):
+    """The library's own cache takes the second for the first."""
+    datasets = pytest.importorskip("datasets")
+    for name in ("one", "two"):
+        folder = write(tmp_path / name / "set", {"a.png": picture(len(name)), "README.md": "---\nconfigs:\n"
+                       "- config_name: b\n  data_files: b.parquet\n---\n"})  # fmt: skip
+        table = datasets.Dataset.from_dict({"image": [str(folder / "a.png")], "text": [name]})
+        table.cast_column("image", datasets.Image()).to_parquet(str(folder / "b.parquet"))
+        found = made(tmp_path / name / "shards", f"--dataset_name={folder}", "--dataset_config_name=b")
+        assert [about["caption"] for _, _, about in found.values()] == [name]
+
+
+def test_shapes_are_suggested(tmp_path, capsys):
+    files = {f"{i}.png": encode_image(np.zeros((64, 96) if i % 4 else (64, 64), "u1")) for i in range(8)}
+    folder = write(tmp_path / "in", files | {f"{i}.txt": "a" for i in range(8)})
+    made(tmp_path / "shards", f"--train_data_dir={folder}")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == '--resolution=64 --aspect_ratio_buckets="64,64"   # 100 % 64 x 64'
+    wide = {(1600, 1000): 60, (1000, 1600): 30, (1024, 1024): 9.5, (3000, 1000): 0.5}
+    advice = packing.advise_shapes(Counter({size: int(10 * count) for size, count in wide.items()}))
+    assert advice.startswith('--resolution=1024 --aspect_ratio_buckets="768,1344;1344,768;1024,1024"   # 60 % 1344 x')
 
 
 @pytest.mark.parametrize(("more", "start"), [

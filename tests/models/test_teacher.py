@@ -14,6 +14,7 @@ from train_lcm_distill_sdxl_wds import parse_args
 
 BATCH = {
     "captions": ["a red three", ""],
+    "target_size": (1024, 768),  # (height, width)
     "original_sizes": torch.tensor([[700, 1100], [1030, 999]]),  # (height, width)
     "crops": torch.tensor([[3, 0], [0, 41]]),  # (top, left)
 }
@@ -60,14 +61,14 @@ def test_sdxl_micro_conditioning_is_the_pipelines(sdxl_teacher, pipeline):
     cond, uncond = encoder(sdxl_teacher)(BATCH)
     for i in range(2):
         size, crop = BATCH["original_sizes"][i].tolist(), BATCH["crops"][i].tolist()
-        ids = pipeline._get_add_time_ids(tuple(size), tuple(crop), (1024, 1024), torch.float32, 12)[0]
+        ids = pipeline._get_add_time_ids(tuple(size), tuple(crop), (1024, 768), torch.float32, 12)[0]
         for conditioning in (cond, uncond):
             assert torch.equal(conditioning["added_cond_kwargs"]["time_ids"][i], ids)
 
 
 def test_sdxl_fixed_crop_and_size(sdxl_teacher):
     cond, _ = encoder(sdxl_teacher, "--use_fix_crop_and_size")(BATCH)
-    assert cond["added_cond_kwargs"]["time_ids"].tolist() == [[1024, 1024, 0, 0, 1024, 1024]] * 2
+    assert cond["added_cond_kwargs"]["time_ids"].tolist() == [[1024, 768, 0, 0, 1024, 768]] * 2
 
 
 def test_joined_conditioning_is_two_batches_in_one(sdxl_teacher, pipeline):

@@ -102,6 +102,10 @@ OWN_COMMON = {
     "dataset_config_name": None,
     "image_column": "image",
     "caption_column": "text",
+    "aspect_ratio_buckets": None,
+    "aspect_bucket_rounding": 64,
+    "resolution_type": "area",
+    "min_image_area": 0.0,
     "caption_key": "caption",
     "width_key": None,
     "height_key": None,
@@ -143,6 +147,7 @@ CHOICES = {
     "lr_scheduler": [
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
     ],
+    "resolution_type": ["area", "pixel"],
     "target": ["lcm", "phased", "trajectory"],
     "loss_type": ["l2", "huber"],
     "mixed_precision": ["no", "fp16", "bf16"],
@@ -256,9 +261,10 @@ def test_every_option_is_in_a_named_group_and_has_help(parser):
 
 def test_choices(script, parser):
     assert {a.dest: list(a.choices) for a in parser._actions if a.choices} == CHOICES
+    more = "--aspect_ratio_buckets=auto"  # without it the shapes need no --resolution_type
     for name, choices in CHOICES.items():
         for choice in choices:
-            assert getattr(script.parse_args([*REQUIRED, f"--{name}={choice}"]), name) == choice
+            assert getattr(script.parse_args([*REQUIRED, more, f"--{name}={choice}"]), name) == choice
 
 
 def test_lists_and_pairs(script):

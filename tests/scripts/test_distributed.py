@@ -9,10 +9,11 @@ import subprocess
 import sys
 
 import distributed_run
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import ROOT, SCRIPTS, Script
+from conftest import ROOT, SCRIPTS, Script, encode_image, write_tar
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -115,6 +116,24 @@ def test_two_processes_resume_bit_for_bit(name, teacher, sdxl_teacher, shards, t
     resumed = killed_after_step_2(tmp_path / "unbroken", tmp_path / "resumed")
     run_forked("ddp", script, resumed, *more, "--resume_from_checkpoint=latest")
     assert_same(script.weights(tmp_path / "unbroken"), script.weights(resumed))
+
+
+def test_processes_with_different_shapes_stay_in_step(sdxl_teacher, tmp_path):
+    """Each step of each process has one shape; a resume is exact; all weights are finite."""
+    rng, members = np.random.default_rng(0), []
+    for i, size in enumerate([(20, 20), (20, 40), (40, 20), (20, 30), (30, 20)] * 6):
+        pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        members += [(f"{i}.png", encode_image(pixels)), (f"{i}.txt", f"{i}".encode())]
+    script = Script("lora_sdxl", sdxl_teacher, write_tar(tmp_path / "0.tar", members), SCRIPTS["lora_sdxl"])
+    more = ["--checkpointing_steps=2", "--aspect_ratio_buckets=16,16;16,32;32,16;16,24;24,16",
+            "--max_watermark_probability=1"]  # fmt: skip
+    run_forked("ddp", script, tmp_path / "unbroken", *more)
+    states = json.loads((tmp_path / "unbroken" / "checkpoint-2" / "training_state.json").read_text())["data"]
+    assert len(states) == 2 and len({tuple(sorted(state["shapes"].items())) for state in states}) == 2
+    resumed = killed_after_step_2(tmp_path / "unbroken", tmp_path / "resumed")
+    run_forked("ddp", script, resumed, *more, "--resume_from_checkpoint=latest")
+    assert_same(script.weights(tmp_path / "unbroken"), script.weights(resumed))
+    assert all(torch.isfinite(value).all() for value in script.weights(resumed).values())
 
 
 def test_another_number_of_processes_is_refused(sd, ddp, capsys):

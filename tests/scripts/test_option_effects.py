@@ -799,6 +799,27 @@ def test_a_shard_that_stalls(run, shards):
     assert done.status == 0 and "no byte for 0.2 s" in done.log and "x shard unreadable" in done.printed
 
 
+@covers("aspect_ratio_buckets", "aspect_bucket_rounding", "resolution_type", "min_image_area", by=ALL)
+def test_pictures_of_other_shapes(run):
+    """The pictures are 24 wide and 20 high."""
+    auto = ("--aspect_ratio_buckets=auto", "--resolution=32", "--aspect_bucket_rounding=8")
+    shapes = {
+        (*auto, "--resolution_type=pixel"): (32, 40),
+        auto: (32, 32),
+        (*auto[:2], "--aspect_bucket_rounding=16", "--resolution_type=pixel"): (32, 32),
+        ("--aspect_ratio_buckets=16,24;24,16",): (16, 24),
+    }
+    for options, shape in shapes.items():
+        done = run(*options, "--min_image_area=0.00047")
+        assert {batch["target_size"] for batch in done.batches} == {shape}
+        assert {tuple(batch["pixels"].shape[2:]) for batch in done.batches} == {shape}
+        assert {call.z.shape[2:] for call in done.calls} == {(shape[0] // 2, shape[1] // 2)}
+        assert f"4 of {shape[0]}x{shape[1]}" in done.printed
+        if run.is_sdxl:
+            assert {tuple(row) for call in done.calls for row in call.cond["time_ids"][:, 4:].tolist()} == {shape}
+    assert "30 x smaller than --min_image_area" in run("--min_image_area=0.00049").error()
+
+
 @covers("config", by=ALL)
 def test_options_in_a_file(run, tmp_path):
     """They are in effect, but for those that are given on the command line too."""

@@ -324,7 +324,8 @@ def test_pictures_among_cached_shards_are_counted(sd, shards, tmp_path, capsys):
     assert "x cached, unlike the first shard" in capsys.readouterr().out
 
 
-ORIGIN = {"format": cache.FORMAT, "shapes": '{"hidden_states": [2, 3], "moments": [4, 2, 2], "original_size": [2]}'}
+SHAPES = '{"hidden_states": [2, 3], "moments": [4, 2, 2], "original_size": [2]}'
+ORIGIN = {"format": cache.FORMAT, "resolution": "16", "shapes": SHAPES}
 
 
 DELETED = object()
