@@ -3,7 +3,7 @@
 import importlib.util
 import os
 
-from lcm.options.choices import TRACKERS
+from lcm.options.choices import ADAM, LR_SCHEDULES, LR_SHAPE, OPTIMIZERS, TRACKERS
 from lcm.options.files import existing_parent, find_checkpoint, is_repository_name, read_prompts, repository_name
 from lcm.options.shapes import AUTO, training_shapes
 from lcm.options.types import Options, Parser
@@ -54,8 +54,16 @@ def parse(parser: Parser, argv: list[str] | None = None) -> Options:
     most = max(args.validation_num_inference_steps)
     need(most <= args.num_ddim_timesteps, "--validation_num_inference_steps",
          f"{most} given; allowed: at most --num_ddim_timesteps, {args.num_ddim_timesteps}")
-    need(not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes"), "--use_8bit_adam",
-         "the package bitsandbytes is not installed")
+    need(not args.use_8bit_adam or args.optimizer in ("adamw", "adamw8bit"), "--use_8bit_adam",
+         f"given, but --optimizer is {args.optimizer}; allowed: one of the two")
+    module, _, own, _ = OPTIMIZERS[optimizer_name(args)]
+    package = module.partition(".")[0]
+    need(importlib.util.find_spec(package), "--use_8bit_adam" if args.use_8bit_adam else "--optimizer",
+         f"the package {package} is not installed")
+    for names, choice, has in ((ADAM, "optimizer", own), (LR_SHAPE, "lr_scheduler", LR_SCHEDULES[args.lr_scheduler])):
+        for name in names:
+            need(name in has or name in args.left_at_default, f"--{name}",
+                 f"given, but --{choice} {getattr(args, choice)} has none; allowed: one of the two")
     need(args.report_to in ("all", "none") or any(map(importlib.util.find_spec, TRACKERS[args.report_to])),
          "--report_to", f"{args.report_to} given, but the package {args.report_to} is not installed")
     need(args.report_to in ("tensorboard", "none") or not args.hub_token, "--hub_token",
@@ -94,6 +102,11 @@ def check_buckets(parser: Parser, args: Options) -> None:
         parser.error(f"--aspect_bucket_rounding: {args.aspect_bucket_rounding} given; allowed: multiples of 8")
     if args.aspect_ratio_buckets == AUTO and args.resolution is not None and not training_shapes(args):
         parser.error(f"--aspect_bucket_rounding: {args.aspect_bucket_rounding} given; allowed: at most --resolution")
+
+
+def optimizer_name(args: Options) -> str:
+    """The name in `OPTIMIZERS` of the optimizer."""
+    return "adamw8bit" if args.use_8bit_adam else args.optimizer
 
 
 def target_in_words(args: Options) -> str:

@@ -13,13 +13,27 @@ PRECISIONS = ("no", "fp16", "bf16")  # those of accelerate that the scripts can 
 
 CACHE_DTYPES = ("float16", "bfloat16", "float32")  # of what precompute_lcm.py stores
 
-# Optimizers: module and class. --use_8bit_adam picks the second.
-OPTIMIZERS = {
-    "adamw": ("torch.optim", "AdamW"),
-    "adamw_8bit": ("bitsandbytes.optim", "AdamW8bit"),
+# Optimizers: module, class, which of these options are its own, and what it is given besides. The fused and the loop
+# without `foreach` make no temporary tensors of the size of all trained weights, as torch's defaults do on a GPU.
+ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+OPTIMIZERS: dict[str, tuple[str, str, tuple[str, ...], dict[str, Any]]] = {
+    "adamw": ("torch.optim", "AdamW", ADAM, {"fused": True}),
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", ADAM, {}),
+    "paged_adamw8bit": ("bitsandbytes.optim", "PagedAdamW8bit", ADAM, {}),
+    "lion": ("bitsandbytes.optim", "Lion", ADAM[:2], {}),
+    "lion8bit": ("bitsandbytes.optim", "Lion8bit", ADAM[:2], {}),
+    "adafactor": ("torch.optim", "Adafactor", (), {"foreach": False}),
 }
-# Schedules of the learning rate, as diffusers.optimization.get_scheduler calls them.
-LR_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+LR_SHAPE = ("lr_num_cycles", "lr_power")
+# Schedules of the learning rate, as diffusers.optimization.get_scheduler calls them, and options that are their own.
+LR_SCHEDULES: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "cosine": (),
+    "cosine_with_restarts": ("lr_num_cycles",),
+    "polynomial": ("lr_power",),
+    "constant": (),
+    "constant_with_warmup": (),
+}
 
 # Pictures in shards: file suffix, and Pillow's name of the format.
 PICTURE_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}

@@ -9,6 +9,7 @@ from lcm.options.choices import (
     INTERPOLATIONS,
     LOSSES,
     LR_SCHEDULES,
+    OPTIMIZERS,
     PRECISIONS,
     RESOLUTION_TYPES,
     TARGETS,
@@ -183,14 +184,22 @@ def add_training_options(parser: Parser) -> None:
         help="Schedule of the learning rate. `constant` has no warm-up.")
     add("--lr_warmup_steps", type=integer(0), default=500, metavar="STEPS",
         help="Optimizer steps over which the rate rises from 0, for every schedule but `constant`.")
+    add("--lr_num_cycles", type=integer(1), default=1, metavar="N",
+        help="How often a schedule with restarts falls to 0.")
+    add("--lr_power", type=number(0, above=0), default=1.0, metavar="POWER",
+        help="The power of the polynomial schedule.")
+    add("--optimizer", default="adamw", choices=OPTIMIZERS,
+        help="The states of AdamW take 8 bytes for each trained weight, those of lion 4; a quarter of that with 8bit. "
+             "paged_ moves them to host memory when the GPU's is full. adafactor has next to none. lion wants a "
+             "learning rate that is 3 to 10 times smaller, and a larger weight decay.")
     add("--use_8bit_adam", action="store_true",
-        help="bitsandbytes' 8-bit AdamW: a quarter of the optimizer's memory.")
+        help="The same as --optimizer adamw8bit.")
     add("--adam_beta1", type=number(0, below=1), default=0.9, metavar="BETA",
-        help="Decay of AdamW's first moment.")
+        help="Decay of the first moment, for AdamW and lion.")
     add("--adam_beta2", type=number(0, below=1), default=0.999, metavar="BETA",
-        help="Decay of AdamW's second moment.")
+        help="Decay of AdamW's second moment. The same decay of lion's momentum is 0.99 if this is not given.")
     add("--adam_weight_decay", type=number(0), default=1e-2, metavar="DECAY",
-        help="AdamW's weight decay.")
+        help="The optimizer's weight decay.")
     add("--adam_epsilon", type=number(0, above=0), default=1e-8, metavar="EPS",
         help="AdamW's epsilon.")
     add("--max_grad_norm", type=number(0, above=0), default=1.0, metavar="NORM",

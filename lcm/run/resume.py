@@ -28,7 +28,7 @@ MAY_CHANGE_ON_RESUME = {
     "push_to_hub", "hub_model_id", "hub_private",
 }  # fmt: skip
 # Options that decide the shapes in a checkpoint's files. With others the files could not be loaded.
-CANNOT_CHANGE = {"unet_time_cond_proj_dim", "lora_rank", "lora_target_modules", "use_8bit_adam"}
+CANNOT_CHANGE = {"unet_time_cond_proj_dim", "lora_rank", "lora_target_modules", "optimizer", "use_8bit_adam"}
 # Options that, with the number of streams, decide the order of the data.
 DATA_ORDER = {
     "seed", "train_shards_path_or_url", "train_data_dir", "dataset_name", "dataset_config_name",

@@ -8,6 +8,7 @@ from itertools import chain, combinations
 from typing import Any
 
 from lcm.models.family import pictures_at_once
+from lcm.options.checks import optimizer_name
 from lcm.options.shapes import training_shapes
 from lcm.options.types import Options
 from lcm.simulation.many import Command, Peaks, make_pool, num_cores, peaks_of
@@ -29,7 +30,7 @@ def savers(args: Options, is_sharded: bool = False) -> list[More]:
         "--offload_ema": is_whole and not is_sharded and not args.offload_ema,
         "--cast_teacher_unet": is_whole and not args.cast_teacher_unet and args.mixed_precision is not None,
         "--vae_encode_batch_size=1": (args.vae_encode_batch_size or 0) > at_once,
-        "--use_8bit_adam": not args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is not None,
+        "--use_8bit_adam": optimizer_name(args) == "adamw" and importlib.util.find_spec("bitsandbytes") is not None,
     }
     return [(option,) for option, is_useful in helps.items() if is_useful]
 

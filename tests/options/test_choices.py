@@ -1,6 +1,7 @@
 """What may be chosen and what can be done are the same, in both directions."""
 
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -55,8 +56,15 @@ def test_prediction_types():
 
 
 def test_optimizers():
-    for module, name in choices.OPTIMIZERS.values():
-        assert issubclass(getattr(importlib.import_module(module), name), torch.optim.Optimizer)
+    for module, name, own, more in choices.OPTIMIZERS.values():
+        kind = getattr(importlib.import_module(module), name)
+        assert issubclass(kind, torch.optim.Optimizer) and set(own) <= set(choices.ADAM)
+        takes = inspect.signature(kind).parameters
+        assert {"lr", "weight_decay", *more} <= takes.keys()
+        assert ("betas" in takes, "eps" in takes and name != "Adafactor") == (
+            "adam_beta1" in own,
+            "adam_epsilon" in own,
+        )
 
 
 def test_lr_schedules():
@@ -66,6 +74,7 @@ def test_lr_schedules():
     for name in choices.LR_SCHEDULES:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=4)
+    assert {option for own in choices.LR_SCHEDULES.values() for option in own} == set(choices.LR_SHAPE)
 
 
 def test_precisions():

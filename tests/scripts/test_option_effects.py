@@ -1022,6 +1022,44 @@ def test_8bit_adam(run):
     assert all(value.isfinite().all() for value in done.weights().values())
 
 
+OPTIMIZERS = {
+    "adamw8bit": ("AdamW8bit", (0.9, 0.999), {"state1", "state2"}),
+    "paged_adamw8bit": ("PagedAdamW8bit", (0.9, 0.999), {"state1", "state2"}),
+    "lion": ("Lion", (0.9, 0.99), {"state1"}),
+    "lion8bit": ("Lion8bit", (0.9, 0.99), {"state1"}),
+    "adafactor": ("Adafactor", None, {"row_var", "col_var", "variance"}),
+}
+
+
+@covers("optimizer")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(run, tmp_path, name):
+    """Each trains, with its own settings and states, and goes on exactly."""
+    class_name, betas, states = OPTIMIZERS[name]
+    if name != "adafactor":
+        pytest.importorskip("bitsandbytes")
+    more = (f"--optimizer={name}", "--adam_weight_decay=0.03", "--checkpointing_steps=1", "--learning_rate=1e-3")
+    straight = run(*more)
+    assert straight.optimizer.__name__ == class_name and f"Optimizer: {class_name}," in straight.log
+    assert (straight.settings["lr"], straight.settings["weight_decay"]) == (1e-3, 0.03)
+    assert straight.settings.get("betas") == betas
+    saved = torch.load(straight.folder / "checkpoint-1" / "optimizer.bin")["state"]
+    saved = [state.get("__bnb_optimizer_quant_state__", {}) | state for state in saved.values()]
+    found = {key for state in saved for key in state if not key.startswith(("qmap", "absmax", "__"))}
+    assert found - {"step"} == states
+    assert not same(straight, run(*more[1:]))
+    assert same(straight, run(*more, f"--resume_from_checkpoint={straight.folder / 'checkpoint-1'}", folder=tmp_path))
+    assert run(*more, "--adam_beta2=0.95").settings["betas"] == (0.9, 0.95) if betas else True
+
+
+@covers("optimizer", by=ALL)
+def test_every_script_takes_the_optimizers(run):
+    done = run("--optimizer=adafactor")
+    assert done.optimizer is torch.optim.Adafactor
+    assert same(run("--optimizer=adamw8bit"), run("--use_8bit_adam"))
+    assert all(value.isfinite().all() for value in done.weights().values())
+
+
 @covers("learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
 @pytest.mark.parametrize(
     ("option", "key", "value"),
@@ -1077,6 +1115,15 @@ def test_scaled_learning_rate(run):
 def test_course_of_the_learning_rate(run, course, warmup, expected):
     done = run(f"--lr_scheduler={course}", f"--lr_warmup_steps={warmup}", "--max_train_steps=4")
     assert done.rates == pytest.approx([rate * 1e-3 for rate in expected], rel=1e-6, abs=1e-12)
+
+
+@covers("lr_num_cycles", "lr_power", by=ALL)
+def test_cycles_and_powers_of_the_learning_rate(run):
+    four = ("--lr_warmup_steps=0", "--max_train_steps=4")
+    twice = run("--lr_scheduler=cosine_with_restarts", "--lr_num_cycles=2", *four)
+    assert twice.rates == pytest.approx([1e-3, 0.5e-3, 1e-3, 0.5e-3])
+    squared = run("--lr_scheduler=polynomial", "--lr_power=2", *four)
+    assert squared.rates == pytest.approx([(1e-3 - 1e-7) * (1 - i / 4) ** 2 + 1e-7 for i in range(4)])
 
 
 @covers("use_8bit_adam")
