@@ -42,8 +42,10 @@ def load_networks(args, plan, family, device):
     """
     from lcm.models import lora
     from lcm.models.networks import Lora
+    from lcm.models.quantize import quantize
 
     student = family.load_unet(dtype=family.dtype)
+    quantize(student, args, family.dtype)
     lora.add_adapters(student, args, plan.seed)
     student.to(device).train()
     teacher = lora.AdapterView(student, None)

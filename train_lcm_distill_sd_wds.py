@@ -42,6 +42,7 @@ def load_networks(args, plan, family, device):
     from diffusers import UNet2DConditionModel
 
     from lcm.models.networks import WholeUNet
+    from lcm.models.quantize import quantize
 
     teacher = family.load_unet(dtype=torch.float32)
     student = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=args.unet_time_cond_proj_dim)
@@ -52,6 +53,7 @@ def load_networks(args, plan, family, device):
     target = UNet2DConditionModel.from_config(student.config)
     target.load_state_dict(student.state_dict())
 
+    quantize(teacher, args, family.dtype)
     teacher.requires_grad_(False).eval().to(device, family.dtype if args.cast_teacher_unet else torch.float32)
     target.requires_grad_(False).eval().to(device)
     return WholeUNet(args, teacher, student.train(), target)

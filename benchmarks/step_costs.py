@@ -60,7 +60,8 @@ def write_cached_shard(folder: Path, teacher: str) -> str:
     tensors["moments"] = tensors["moments"][None]
     tensors["original_size"] = torch.tensor([512, 512], dtype=torch.int32)
     origin = {
-        "format": cache.FORMAT, "dtype": "float16", "scaling_factor": "0.18", "shapes": cache.shapes_of(tensors)
+        "format": cache.FORMAT, "dtype": "float16", "scaling_factor": "0.18", "shapes": cache.shapes_of(tensors),
+        "resolution": str(RESOLUTIONS[teacher]),
     }  # fmt: skip
     tensors["crops"] = torch.zeros(1, 2, dtype=torch.int32)
     data, path = cache.pack(tensors, origin), str(folder / f"{teacher}.tar")

@@ -95,7 +95,8 @@ def train_and_measure(name: str, more: str, seed: int, folder: Path, args: argpa
                 weights = {key.replace("base_model.model.", ""): tensor for key, tensor in weights.items()}
                 save_file(weights, student / DIFFUSERS_FILE)
         pipe, _ = evaluate.load_student(student)
-        pipes = {steps: [(pipe, 1.0 if args.lora else scale)] for steps in STEPS}
+        has_learned_guidance = args.lora and UNGUIDED not in more
+        pipes = {steps: [(pipe, 1.0 if has_learned_guidance else scale)] for steps in STEPS}
     seconds = time.perf_counter() - start
     captions, rows = run.choose_captions(args.num_images, seed), []
     for steps, candidates in pipes.items():

@@ -64,6 +64,11 @@ def parse(parser: Parser, argv: list[str] | None = None) -> Options:
         for name in names:
             need(name in has or name in args.left_at_default, f"--{name}",
                  f"given, but --{choice} {getattr(args, choice)} has none; allowed: one of the two")
+    is_quantized = args.base_model_precision != "no_change"
+    need(not is_quantized or importlib.util.find_spec("bitsandbytes"), "--base_model_precision",
+         "the package bitsandbytes is not installed")
+    need(not is_quantized or not args.offload or "lora_rank" in args, "--base_model_precision",
+         f"{args.base_model_precision} given, but --offload moves the teacher; allowed: one of the two")
     need(args.report_to in ("all", "none") or any(map(importlib.util.find_spec, TRACKERS[args.report_to])),
          "--report_to", f"{args.report_to} given, but the package {args.report_to} is not installed")
     need(args.report_to in ("tensorboard", "none") or not args.hub_token, "--hub_token",

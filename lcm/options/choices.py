@@ -11,6 +11,7 @@ TARGETS = ("lcm", "phased", "trajectory")  # made by lcm_common.make_consistency
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # of a teacher; converted by lcm_common.predicted_origin
 PRECISIONS = ("no", "fp16", "bf16")  # those of accelerate that the scripts can train in
 
+BASE_PRECISIONS = ("no_change", "int8", "nf4")  # of frozen linear layers; made by lcm.models.quantize
 CACHE_DTYPES = ("float16", "bfloat16", "float32")  # of what precompute_lcm.py stores
 
 # Optimizers: module, class, which of these options are its own, and what it is given besides. The fused and the loop

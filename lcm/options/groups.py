@@ -6,6 +6,7 @@ A script adds the groups that it needs, and passes its own defaults where the sc
 import argparse
 
 from lcm.options.choices import (
+    BASE_PRECISIONS,
     INTERPOLATIONS,
     LOSSES,
     LR_SCHEDULES,
@@ -284,6 +285,9 @@ def add_precision_options(parser: Parser) -> None:
     add("--mixed_precision", choices=PRECISIONS,
         help="Precision of the networks' arithmetic. If unset, what `accelerate config` says. Trained weights stay "
              "float32. fp16 needs a GPU.")
+    add("--base_model_precision", default="no_change", choices=BASE_PRECISIONS,
+        help="Hold the linear layers of the frozen U-Net, a LoRA's base or the teacher of a whole U-Net, in 8 or 4 "
+             "bits by bitsandbytes. What is trained is not touched, and a LoRA works on the unquantized model too.")
     add("--allow_tf32", action="store_true",
         help="Let float32 matrix products on Ampere and later run as TF32, as PyTorch lets convolutions anyway.")
     add("--gradient_checkpointing", action="store_true",

@@ -108,6 +108,8 @@ def check_accelerator(accelerator: Accelerator, args: Options, can_shard: bool) 
             f"accelerate config: {kind}{' version 1' * (kind == 'FSDP' and not is_fsdp2)} is not supported; allowed: "
             f"one process, or several with DistributedDataParallel; {more}"
         )
+    if is_fsdp2 and args.base_model_precision != "no_change":
+        raise UserError("--base_model_precision: bitsandbytes' layers cannot be sharded; allowed: no_change with FSDP")
     if is_fsdp2 and args.offload_ema:
         raise UserError("--offload_ema: FSDP splits the moving average already; allowed: one of the two")
     precision, passes = accelerator.mixed_precision, accelerator.gradient_accumulation_steps

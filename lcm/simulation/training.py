@@ -27,7 +27,7 @@ from lcm.data.shards import expand_shards, find_cache
 from lcm.data.stream import Item
 from lcm.data.tally import Tally
 from lcm.errors import UserError, first_line
-from lcm.models import family, loading
+from lcm.models import family, loading, quantize
 from lcm.models.lora import AdapterView
 from lcm.models.networks import Networks
 from lcm.options.types import Options
@@ -43,6 +43,7 @@ from lcm.session import Session
 from lcm.simulation import processes
 from lcm.simulation.device import SimulatedCuda
 from lcm.simulation.files import patch_files
+from lcm.simulation.quantized import PackedLinear
 
 NUM_STEPS = 2  # in the first one the optimizer makes its states; the second one is like all that follow
 
@@ -198,6 +199,7 @@ class Simulation:
                 return real_schedule(args)
 
         self.device.patch(loading, "load_pretrained", load)
+        self.device.patch(quantize, "make_layer", PackedLinear)
         self.device.patch(family, "load_noise_schedule", load_schedule)
         self.device.patch(start, "find_shards", lambda args: ("simulated.tar",))
         self.device.patch(start, "find_cache", lambda *_: self.find_cache(args))

@@ -1022,6 +1022,20 @@ def test_8bit_adam(run):
     assert all(value.isfinite().all() for value in done.weights().values())
 
 
+@covers("base_model_precision", by=ALL)
+def test_quantized_base(run):
+    """The teacher answers a little differently; what is trained keeps its precision."""
+    pytest.importorskip("bitsandbytes")
+    plain, nf4 = run("--learning_rate=0"), run("--learning_rate=0", "--base_model_precision=nf4")
+    assert "nf4: " in nf4.log and "linear layers" in nf4.log and set(nf4.trained) == {torch.float32}
+    pairs = list(zip(plain.teacher_calls, nf4.teacher_calls, strict=True))
+    assert pairs and all(torch.equal(a.z, b.z) for a, b in pairs[:1])
+    distance = [((a.output - b.output).norm() / a.output.norm()).item() for a, b in pairs]
+    assert 0 < max(distance) < 0.3
+    if not run.is_lora:
+        assert same(plain, nf4)
+
+
 OPTIMIZERS = {
     "adamw8bit": ("AdamW8bit", (0.9, 0.999), {"state1", "state2"}),
     "paged_adamw8bit": ("PagedAdamW8bit", (0.9, 0.999), {"state1", "state2"}),
