@@ -6,6 +6,7 @@ weights is enough for all three. The base is frozen, in the mixed precision; ada
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,8 +17,9 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from lcm.errors import UserError
-from lcm.options.types import Options
+from lcm.errors import UserError, first_line
+from lcm.models.lora_files import load_adapter
+from lcm.options.types import Options, rank_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,31 @@ def find_targets(unet: UNet2DConditionModel, option: str | None) -> list[str]:
     return targets
 
 
+def find_ranks(unet: UNet2DConditionModel, targets: list[str], option: str | None) -> dict[str, int]:
+    """The ranks of `--lora_rank_pattern` by ends of names. Raises UserError for a name that fits no adapted layer."""
+    pattern = rank_pattern(option)
+    adapted = [
+        name for name, _ in unet.named_modules() if any(f".{name}".endswith(f".{target}") for target in targets)
+    ]
+    for end in pattern:
+        if not any(f".{name}".endswith(f".{end}") for name in adapted):
+            raise UserError(
+                f"--lora_rank_pattern: {end!r} fits none of the adapted layers; allowed: ends of their names, as "
+                f"{', '.join(sorted(targets))}"
+            )
+    return {re.escape(end): rank for end, rank in pattern.items()}
+
+
+def load_lora(unet: UNet2DConditionModel, adapter: str, path: str) -> None:
+    """Load the LoRA of `--lora_weights` into an adapter. Raises UserError if it has other layers or ranks."""
+    try:
+        load_adapter(unet, adapter, path)
+    except Exception as error:  # a damaged file makes the libraries raise nearly anything
+        raise UserError(
+            f"--lora_weights: cannot load {path!r}: {first_line(error)}; allowed: a LoRA of the same ranks and layers"
+        ) from error
+
+
 def add_adapters(unet: UNet2DConditionModel, args: Options, seed: int) -> None:
     """Freeze the U-Net and give it a trainable adapter, and with `--ema_decay` a second one for the EMA.
 
@@ -56,6 +83,8 @@ def add_adapters(unet: UNet2DConditionModel, args: Options, seed: int) -> None:
     is the teacher. Raises UserError for `--lora_target_modules` that do not exist.
     """
     targets = find_targets(unet, args.lora_target_modules)
+    pattern = find_ranks(unet, targets, args.lora_rank_pattern)
+    alpha = args.lora_alpha * args.lora_rank**0.5 if args.use_rslora else args.lora_alpha
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are wanted
@@ -64,7 +93,11 @@ def add_adapters(unet: UNet2DConditionModel, args: Options, seed: int) -> None:
             unet.add_adapter(
                 LoraConfig(
                     r=args.lora_rank,
-                    lora_alpha=args.lora_alpha,
+                    lora_alpha=alpha,  # the files of a LoRA know no other scale than alpha / rank
+                    rank_pattern=pattern,
+                    alpha_pattern={name: alpha * (rank / args.lora_rank) ** 0.5 for name, rank in pattern.items()}
+                    if args.use_rslora
+                    else {},
                     lora_dropout=args.lora_dropout,
                     target_modules=targets,
                 ),
@@ -76,8 +109,13 @@ def add_adapters(unet: UNet2DConditionModel, args: Options, seed: int) -> None:
         # peft would cast a 16-bit input to the adapter's float32, and autocast would cast it back. Without that,
         # results are the same to the last bit, but for dropout, which is then rounded to 16 bits.
         layer.cast_input_dtype_enabled = False
-    size = f"rank {args.lora_rank}, alpha {args.lora_alpha}, dropout {args.lora_dropout:g}"
+    ranks = ", ".join([str(args.lora_rank), *(f"{name} {rank}" for name, rank in pattern.items())])
+    size = f"rank {ranks}, alpha {args.lora_alpha}, dropout {args.lora_dropout:g}"
     logger.info("LoRA: %s, in %d layers", size, len(layers))
+    if args.lora_weights is not None:
+        for name in unet.peft_config:
+            load_lora(unet, name, args.lora_weights)
+        logger.info("LoRA: starts from %s", args.lora_weights)
     if args.w_min < args.w_max:
         logger.info(
             "--w_min, --w_max: the guidance weight is not an input of a LoRA, which learns an average over [%g, %g]; "

@@ -6,6 +6,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 # diffusers looks for the first name. The second must not end in the first, or diffusers would take it instead.
@@ -36,7 +37,8 @@ def save_for_diffusers(unet: UNet2DConditionModel, adapter: str, folder: str) ->
             "r": config.r,
             "lora_alpha": config.lora_alpha,
             "target_modules": sorted(config.target_modules),
-            "rank_pattern": {},  # diffusers before 0.40 requires it
+            "rank_pattern": config.rank_pattern,  # diffusers before 0.40 requires it
+            **({"alpha_pattern": config.alpha_pattern} if config.alpha_pattern else {}),
         },
         weight_name=DIFFUSERS_FILE,
     )
@@ -47,22 +49,40 @@ def save_for_kohya(unet: UNet2DConditionModel, adapter: str, path: str) -> None:
     config = unet.peft_config[adapter]
     weights = {f"unet.{name}": tensor.half() for name, tensor in adapter_weights(unet, adapter).items()}
     weights = convert_state_dict_to_kohya(weights)
-    alpha = torch.tensor(float(config.lora_alpha), dtype=torch.float16)
-    weights = {name: alpha.clone() if name.endswith(".alpha") else tensor for name, tensor in weights.items()}
+    scales = {
+        "lora_unet_" + name.replace(".", "_"): (layer.scaling[adapter], layer.r[adapter])
+        for name, layer in unet.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
+    for name in weights:
+        if name.endswith(".alpha"):
+            scale, rank = scales[name.removesuffix(".alpha")]
+            weights[name] = as_small_as_exact(scale * rank)
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.r),
-        "ss_network_alpha": str(config.lora_alpha),
+        "ss_network_alpha": f"{config.lora_alpha:g}",
     }
     save_file(weights, path, metadata)
 
 
+def as_small_as_exact(value: float) -> torch.Tensor:
+    """A number as float16, or as float32 if it would be rounded."""
+    half = torch.tensor(value, dtype=torch.float16)
+    return half if half.item() == value else torch.tensor(value)
+
+
 def load_adapter(unet: UNet2DConditionModel, adapter: str, folder: str) -> None:
-    """Load a file of `save_for_diffusers` into an adapter. Raises ValueError unless the keys are the adapter's."""
-    weights = load_file(os.path.join(folder, DIFFUSERS_FILE))
+    """Load a file of `save_for_diffusers`, or the one in a folder, into an adapter. Raises ValueError unless keys and
+    shapes are the adapter's."""
+    weights = load_file(os.path.join(folder, DIFFUSERS_FILE) if os.path.isdir(folder) else folder)
     weights = {name.removeprefix("unet."): tensor for name, tensor in weights.items()}
     expected = get_peft_model_state_dict(unet, adapter_name=adapter)
     if weights.keys() != expected.keys():
         odd = sorted(weights.keys() ^ expected.keys())
         raise ValueError(f"{DIFFUSERS_FILE} and the U-Net's adapter differ in {len(odd)} tensors, such as {odd[0]}")
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+            raise ValueError(f"{DIFFUSERS_FILE} and the U-Net's adapter differ: {name} is {shapes}")
     set_peft_model_state_dict(unet, weights, adapter_name=adapter)

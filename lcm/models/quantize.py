@@ -7,6 +7,7 @@ its files, while a student is made of the teacher's weights as they are.
 import importlib
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -28,15 +29,17 @@ def make_layer(layer: torch.nn.Linear, precision: str, compute_dtype: torch.dtyp
     """A layer with the same weights, which quantizes them when it is moved to a device."""
     bnb = importlib.import_module("bitsandbytes.nn")
     size = layer.in_features, layer.out_features, layer.bias is not None
-    made: torch.nn.Linear
+    made: Any
     if precision == "nf4":
         made = bnb.Linear4bit(*size, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
+        made.support_avx512bf16_for_cpu = False  # its own kernel for a CPU takes some widths only
         made.weight = bnb.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=made)
     else:
         made = bnb.Linear8bitLt(*size, has_fp16_weights=False, device="meta")
         made.weight = bnb.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
     made.bias = layer.bias
-    return made
+    quantized: torch.nn.Linear = made
+    return quantized
 
 
 def quantize(network: torch.nn.Module, args: Options, compute_dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 
-from lcm.options.choices import ADAM, LR_SCHEDULES, LR_SHAPE, OPTIMIZERS, TRACKERS
+from lcm.options.choices import ADAM, LR_SCHEDULES, LR_SHAPE, OPTIMIZERS, RUN_NAMES, TRACKERS
 from lcm.options.files import existing_parent, find_checkpoint, is_repository_name, read_prompts, repository_name
 from lcm.options.shapes import AUTO, training_shapes
 from lcm.options.types import Options, Parser
@@ -71,6 +71,8 @@ def parse(parser: Parser, argv: list[str] | None = None) -> Options:
          f"{args.base_model_precision} given, but --offload moves the teacher; allowed: one of the two")
     need(args.report_to in ("all", "none") or any(map(importlib.util.find_spec, TRACKERS[args.report_to])),
          "--report_to", f"{args.report_to} given, but the package {args.report_to} is not installed")
+    need(args.tracker_run_name is None or args.report_to in (*RUN_NAMES, "all"), "--tracker_run_name",
+         f"given, but --report_to {args.report_to} has no names of runs; allowed with all, {', '.join(RUN_NAMES)}")
     need(args.report_to in ("tensorboard", "none") or not args.hub_token, "--hub_token",
          "trackers may record it with the command line; use `hf auth login` or HF_TOKEN instead")
     name = repository_name(args)

@@ -81,6 +81,17 @@ TRACKERS = {
     "trackio": ("trackio",),
 }
 
+# Those of them in which a run has a name: the argument for it. TensorBoard's runs are folders; Comet has a class for
+# it.
+RUN_NAMES = {
+    "tensorboard": None,
+    "wandb": "name",
+    "comet_ml": None,
+    "mlflow": "run_name",
+    "swanlab": "experiment_name",
+    "trackio": "name",
+}
+
 VALIDATION_PROMPTS = [
     "a watercolour of a lighthouse on a cliff at dusk, gentle waves, warm light in the windows",
     "portrait of an old fisherman in a yellow raincoat, shallow depth of field, overcast morning",

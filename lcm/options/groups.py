@@ -18,7 +18,7 @@ from lcm.options.choices import (
     VALIDATION_PROMPTS,
 )
 from lcm.options.shapes import buckets
-from lcm.options.types import Parser, integer, names, number, sizes, text
+from lcm.options.types import Parser, integer, names, number, ranks, sizes, text
 
 Group = argparse._ArgumentGroup
 
@@ -55,6 +55,8 @@ def add_output_options(parser: Parser) -> None:
              "trackio get metrics alone.")
     add("--tracker_project_name", type=text, default="text2image-fine-tune", metavar="NAME",
         help="The project under which the trackers file this run.")
+    add("--tracker_run_name", type=text, metavar="NAME",
+        help="The trackers' name of this run, inside the project. If unset, each makes one up.")
     add("--logging_steps", type=integer(1), default=10, metavar="STEPS",
         help="Log metrics every so many optimizer steps, as means over them, to the trackers and metrics.jsonl.")
     add("--checkpointing_steps", type=integer(1), default=500, metavar="STEPS",
@@ -259,8 +261,15 @@ def add_lora_options(group: Group) -> None:
     add = group.add_argument
     add("--lora_rank", type=integer(1), default=64, metavar="RANK",
         help="Rank of the adapter in each layer.")
+    add("--lora_rank_pattern", type=ranks, metavar="NAME=RANK,...",
+        help="Other ranks for some layers, by names or ends of names, such as conv1=16,conv2=16.")
     add("--lora_alpha", type=integer(1), default=64, metavar="ALPHA",
-        help="The adapter's output is scaled by alpha / rank.")
+        help="The adapter's output is scaled by alpha / rank, where rank is that of the layer.")
+    add("--use_rslora", action="store_true",
+        help="Scale by alpha / sqrt(rank) instead (arXiv 2312.03732). The files are written for what loads any LoRA.")
+    add("--lora_weights", type=text, metavar="FOLDER_OR_FILE",
+        help="Start from this LoRA, in the format that the scripts write for diffusers, with the same ranks and "
+             "layers.")
     add("--lora_dropout", type=number(0, below=1), default=0.0, metavar="P",
         help="Dropout on the adapter's input, for the student alone: neither teacher nor target sees it.")
     add("--lora_target_modules", type=names, metavar="NAMES",

@@ -141,6 +141,24 @@ def names(value: str) -> str:
     return value
 
 
+def ranks(value: str) -> str:
+    """An argparse type: NAME=RANK joined by commas; returned as given, for `rank_pattern`."""
+    try:
+        if min(rank_pattern(value).values()) >= 1:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{value!r} given; allowed: NAME=RANK joined by commas, such as conv1=16,conv2=8")
+
+
+def rank_pattern(value: str | None) -> dict[str, int]:
+    """The ranks by name in a value of `ranks`. Raises ValueError."""
+    pairs = [part.split("=") for part in value.split(",")] if value is not None else []
+    if not all(len(pair) == 2 and pair[0].strip() for pair in pairs):
+        raise ValueError(value)
+    return {name.strip(): int(rank) for name, rank in pairs}
+
+
 def make_parser(description: str | None, script: str | None = None) -> Parser:
     """A parser without options; `description` is the script's docstring, and `script` its path."""
     name = script and os.path.basename(script)

@@ -19,7 +19,8 @@ RESUME, OVERRIDE = "--resume_from_checkpoint", "--resume_with_changed_options"
 # Options that may change: where files go, what is shown, how long the run is, how much memory and patience it takes.
 # The options that save memory change rounding at most.
 MAY_CHANGE_ON_RESUME = {
-    "config", "output_dir", "cache_dir", "logging_dir", "report_to", "tracker_project_name", "local_rank",
+    "config", "output_dir", "cache_dir", "logging_dir", "report_to", "tracker_project_name", "tracker_run_name",
+    "local_rank",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "resume_with_changed_options",
     "max_train_steps", "num_train_epochs", "max_train_samples",
     "gradient_checkpointing", "vae_encode_batch_size", "offload", "offload_ema", "shard_timeout",
@@ -28,7 +29,9 @@ MAY_CHANGE_ON_RESUME = {
     "push_to_hub", "hub_model_id", "hub_private",
 }  # fmt: skip
 # Options that decide the shapes in a checkpoint's files. With others the files could not be loaded.
-CANNOT_CHANGE = {"unet_time_cond_proj_dim", "lora_rank", "lora_target_modules", "optimizer", "use_8bit_adam"}
+CANNOT_CHANGE = {
+    "unet_time_cond_proj_dim", "lora_rank", "lora_rank_pattern", "lora_target_modules", "optimizer", "use_8bit_adam",
+}  # fmt: skip
 # Options that, with the number of streams, decide the order of the data.
 DATA_ORDER = {
     "seed", "train_shards_path_or_url", "train_data_dir", "dataset_name", "dataset_config_name",

@@ -16,6 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 
 from lcm.errors import first_line
+from lcm.options.choices import RUN_NAMES
 from lcm.options.plan import Plan
 from lcm.options.types import Options
 from lcm.pictures.validation import Pictures
@@ -77,8 +78,12 @@ class Trackers:
             tracker_class = LOGGER_TYPE_TO_CLASS[kind]
             folder = [self.logging_dir] if tracker_class.requires_logging_directory else []
             again = RUNS[kind][1](self.runs[kind]) if kind in RUNS and kind in self.runs else {}
-            options = more.get(kind, {}) | again
-            self.active.append(tracker_class(self.args.tracker_project_name, *folder, **options))
+            project, options = self.args.tracker_project_name, more.get(kind, {}) | again
+            if self.args.tracker_run_name is not None and not again:
+                if kind == "tensorboard":
+                    project = os.path.join(project, self.args.tracker_run_name)
+                options |= named(kind, self.args.tracker_run_name)
+            self.active.append(tracker_class(project, *folder, **options))
         with redacted_command_line():
             self.each(lambda tracker: tracker.start())
         self.each(self.store_options)
@@ -109,6 +114,16 @@ class Trackers:
     def finish(self) -> None:
         """End the trackers' runs. `Accelerator.end_training` would end the process group too."""
         self.each(lambda tracker: tracker.finish())
+
+
+def named(kind: str, name: str) -> dict[str, Any]:
+    """The arguments by which a tracker gives a new run this name; none if it cannot."""
+    if kind == "comet_ml":
+        import comet_ml
+
+        return {"experiment_config": comet_ml.ExperimentConfig(name=name)}
+    argument = RUN_NAMES.get(kind)
+    return {argument: name} if argument else {}
 
 
 def takes_pictures(tracker: GeneralTracker) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-BLOCK = 64  # weights of nf4 that share a scale
+BLOCK, SCALES = 64, 256  # weights of nf4 that share a scale of 8 bits, and scales that share one of 32
 
 
 class Product(torch.autograd.Function):
@@ -41,9 +41,11 @@ class PackedLinear(torch.nn.Linear):
         super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         self.precision, self.compute_dtype = precision, compute_dtype
         device, count = layer.weight.device, layer.weight.numel()
-        packed, scales = (count // 2, -(-count // BLOCK)) if precision == "nf4" else (count, layer.out_features)
+        blocks = -(-count // BLOCK) if precision == "nf4" else 0
+        packed, scales = (count // 2, -(-blocks // SCALES)) if precision == "nf4" else (count, layer.out_features)
         self.weight = torch.nn.Parameter(torch.zeros(packed, 1, dtype=torch.uint8, device=device), requires_grad=False)
-        self.scales = torch.nn.Parameter(torch.zeros(scales, device=device), requires_grad=False)
+        self.block_scales = torch.nn.Parameter(torch.zeros(blocks, dtype=torch.uint8, device=device), False)
+        self.scales = torch.nn.Parameter(torch.zeros(scales, device=device), False)
         self.bias = layer.bias
 
     def unpacked(self) -> torch.Tensor:

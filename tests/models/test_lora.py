@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks.configs import SD, SDXL
+from lcm.errors import UserError
 from lcm.models import lora, lora_files
 from lcm.models.lora import EMA, TRAINED, AdapterView
 from lcm_common import update_ema
@@ -24,7 +25,7 @@ from lcm_common import update_ema
 def options(**more):
     given = {
         "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": None, "ema_decay": None,
-        "seed": 0, "w_min": 2, "w_max": 2,
+        "seed": 0, "w_min": 2, "w_max": 2, "lora_rank_pattern": None, "use_rslora": False, "lora_weights": None,
     }  # fmt: skip
     return SimpleNamespace(**{**given, **more})
 
@@ -292,3 +293,62 @@ def test_kohya_names_are_those_of_comfyui(config):
     kohya = convert_state_dict_to_kohya({f"unet.{name}": torch.zeros(1) for name in names})
     assert [name for name in kohya if not COMFYUI.fullmatch(name)] == []
     assert {name.split(".")[0] for name in kohya} == blocks and len(kohya) == 3 * len(blocks)
+
+
+@pytest.mark.parametrize("more", [
+    {"lora_rank_pattern": "conv1=2, to_out.0=6"}, {"use_rslora": True},
+    {"use_rslora": True, "lora_rank_pattern": "conv1=2,to_q=9", "lora_rank": 5},
+])  # fmt: skip
+def test_ranks_and_scales_are_in_both_files(tmp_path, inputs, more):
+    """diffusers draws with the first one as the student does; the second has the same products."""
+    unet, base = student_unet(**more)
+    given = options(**more)
+    pattern = {"conv1": 2, "to_out.0": 6} if "to_out" in str(more) else {"conv1": 2, "to_q": 9}
+    layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, BaseTunerLayer)}
+    ranks = set()
+    for name, layer in layers.items():
+        ends = [rank for end, rank in pattern.items() if name.endswith(f".{end}")] if len(more) != 1 or (
+            "lora_rank_pattern" in more) else []  # fmt: skip
+        rank = ends[0] if ends else given.lora_rank
+        ranks.add(layer.r[TRAINED])
+        assert layer.r[TRAINED] == rank, name
+        assert layer.scaling[TRAINED] == pytest.approx(given.lora_alpha / (rank**0.5 if given.use_rslora else rank))
+    assert len(ranks) == (3 if "lora_rank_pattern" in more else 1)
+    lora_files.save_for_diffusers(unet, TRAINED, tmp_path)
+    lora_files.save_for_kohya(unet, TRAINED, tmp_path / "kohya.safetensors")
+    loaded = copy.deepcopy(base)
+    loaded.load_lora_adapter(str(tmp_path), weight_name=lora_files.DIFFUSERS_FILE, prefix="unet")
+    z, t, hidden = inputs
+    with torch.no_grad():
+        expected, found = (network.eval()(z, t, hidden).sample for network in (unet, loaded))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, base(z, t, hidden).sample, atol=1e-3)
+    kohya = load_file(tmp_path / "kohya.safetensors")
+    for name, layer in layers.items():
+        key = "lora_unet_" + name.replace(".", "_")
+        down, up = (kohya[f"{key}.lora_{part}.weight"].float().flatten(1) for part in ("down", "up"))
+        product = kohya[f"{key}.alpha"].item() / len(down) * up @ down
+        a, b = (getattr(layer, part)[TRAINED].weight.flatten(1) for part in ("lora_A", "lora_B"))
+        torch.testing.assert_close(product, layer.scaling[TRAINED] * b @ a, rtol=5e-3, atol=5e-3)
+
+
+def test_ranks_of_layers_that_are_not_adapted():
+    for pattern in ("to_z=3", "conv1=3,norm=2"):
+        with pytest.raises(UserError, match=r"^--lora_rank_pattern: '(to_z|norm)' fits none of the adapted layers"):
+            student_unet(lora_rank_pattern=pattern)
+
+
+def test_a_lora_to_start_from(tmp_path):
+    """By folder or file, into both adapters; one of other ranks or layers is refused."""
+    unet, _ = student_unet()
+    lora_files.save_for_diffusers(unet, TRAINED, tmp_path)
+    expected = lora.adapter_parameters(unet, TRAINED)
+    for path in (tmp_path, tmp_path / lora_files.DIFFUSERS_FILE):
+        started = make_unet()
+        lora.add_adapters(started, options(lora_weights=str(path), ema_decay=0.9), seed=5)
+        for adapter in (TRAINED, EMA):
+            found = lora.adapter_parameters(started, adapter)
+            assert all(torch.equal(found[name], value) for name, value in expected.items()), adapter
+    for other in ({"lora_rank": 3}, {"lora_target_modules": "to_q"}, {"lora_weights": str(tmp_path / "nosuch")}):
+        with pytest.raises(UserError, match=r"^--lora_weights: cannot load"):
+            lora.add_adapters(make_unet(), options(**{"lora_weights": str(tmp_path), **other}), seed=0)

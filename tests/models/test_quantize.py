@@ -55,8 +55,9 @@ def test_the_simulated_layer_takes_as_many_bytes(precision, size):
     real(torch.randn(1, size[0]))
     packed = PackedLinear(layer, precision, torch.float16)
     state = real.weight.quant_state if precision == "nf4" else None
-    scales = state.absmax if state else real.state.SCB
-    assert packed.weight.nbytes == real.weight.nbytes and packed.scales.nbytes == scales.nbytes
+    scales = state.absmax.nbytes + state.state2.absmax.nbytes if state else real.state.SCB.nbytes
+    assert packed.weight.nbytes == real.weight.nbytes
+    assert packed.scales.nbytes + packed.block_scales.nbytes == scales
     assert packed(torch.randn(3, size[0])).shape == (3, size[1])
 
 

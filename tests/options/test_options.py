@@ -103,6 +103,7 @@ OWN_COMMON = {
     "image_column": "image",
     "caption_column": "text",
     "base_model_precision": "no_change",
+    "tracker_run_name": None,
     "lr_num_cycles": 1,
     "lr_power": 1.0,
     "optimizer": "adamw",
@@ -129,7 +130,13 @@ OWN_COMMON = {
     "hub_private": True,
 }
 OWN_FULL = {"offload_ema": False}
-OWN_LORA = {"ema_decay": None, "validation_guidance_scale": [1.0]}
+OWN_LORA = {
+    "ema_decay": None,
+    "lora_rank_pattern": None,
+    "use_rslora": False,
+    "lora_weights": None,
+    "validation_guidance_scale": [1.0],
+}
 OWN_SDXL = {"max_watermark_probability": 0.5}
 DEFAULTS = {
     name: public

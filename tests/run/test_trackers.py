@@ -111,9 +111,9 @@ def test_wandb(script, tmp_path, monkeypatch):
     """Offline: pictures with their captions and metrics at the right steps, and the options."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    script.main(tmp_path, *RUN, "--report_to=wandb")
+    script.main(tmp_path, *RUN, "--report_to=wandb", "--tracker_run_name=four steps")
     (path,) = (tmp_path / "logs").rglob("*.wandb")
-    history, config, records = {}, {}, []
+    history, config, records, names = {}, {}, [], set()
     while not any(record.WhichOneof("record_type") == "exit" for record in records):  # W&B's process takes its time
         time.sleep(0.1)
         records = list(wandb_records(path))
@@ -127,8 +127,11 @@ def test_wandb(script, tmp_path, monkeypatch):
                 else:
                     row[name] = json.loads(item.value_json)
             history.setdefault(row["_step"], {}).update(row)
+        if record.WhichOneof("record_type") == "run":
+            names.add(record.run.display_name)
         if record.WhichOneof("record_type") == "config":
             config |= {item.key: json.loads(item.value_json) for item in record.config.update}
+    assert names == {"four steps"}
     for step, names in PICTURES.items():
         assert {name for name in history[step] if name.startswith("validation")} == names
         for name in names - {"validation"}:
@@ -148,12 +151,13 @@ def test_comet(script, tmp_path, monkeypatch):
     start = comet_ml.start
     monkeypatch.setenv("COMET_OFFLINE_DIRECTORY", str(tmp_path / "comet"))
     monkeypatch.setattr(comet_ml, "start", lambda **more: start(online=False, **more))
-    script.main(tmp_path / "out", *RUN, "--report_to=comet_ml")
+    script.main(tmp_path / "out", *RUN, "--report_to=comet_ml", "--tracker_run_name=four steps")
     (path,) = (tmp_path / "comet").glob("*.zip")
-    metrics, pictures = {}, {}
+    metrics, pictures, others = {}, {}, set()
     with zipfile.ZipFile(path) as archive:
         for line in archive.read("messages.json").decode().splitlines():
             message = json.loads(line)["payload"]
+            others |= {(message["key"], message["value"])} if {"key", "value"} <= message.keys() else set()
             if "metric" in message:
                 metric = message["metric"]
                 metrics[metric["step"], metric["metricName"]] = metric["metricValue"]
@@ -165,7 +169,7 @@ def test_comet(script, tmp_path, monkeypatch):
         | names & {"validation"}
         for step, names in PICTURES.items()
     }
-    assert pictures == expected
+    assert pictures == expected and ("Name", "four steps") in others
     for row in rows_of(tmp_path / "out"):
         for name in row.keys() - {"step"}:
             assert metrics[row["step"], name] == pytest.approx(row[name])

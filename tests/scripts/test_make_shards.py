@@ -1,14 +1,17 @@
 """make_shards.py: real pictures of a tiny teacher, whatever happens on the way; and a training on them."""
 
+import importlib
 import json
 import os
+import re
+import shlex
 import signal
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, Script, forked, launch_two, read_tars
+from conftest import ROOT, SCRIPTS, Script, encode_image, forked, launch_two, read_tars
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 
@@ -127,3 +130,40 @@ def test_training_on_drawn_shards(teacher, tmp_path):
     script = Script("sd", teacher, str(tmp_path / "shards" / "{00000..00002}.tar"), SCRIPTS["sd"])
     script.main(tmp_path / "out", "--max_train_steps=2", "--width_key=original_width", "--height_key=original_height")
     assert all(torch.isfinite(value).all() for value in script.weights(tmp_path / "out").values())
+
+
+README_COMMANDS = re.findall(
+    r"^python (make_shards\.py .*)\n^python (train_lcm_distill_lora_sd_wds\.py (?:.*\\\n)*.*)$",
+    (ROOT / "README.md").read_text(), re.M,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["folder", "data set", "at once"])
+def test_the_readmes_two_commands(source, tmp_path, monkeypatch, capsys):
+    """From 40 pictures with captions to a LoRA for the built-in teacher, which draws with it."""
+    (commands,) = README_COMMANDS
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    (tmp_path / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        pixels = rng.integers(0, 256, (70, 60 + i, 3), dtype=np.uint8)
+        (tmp_path / "pictures" / f"{i}.png").write_bytes(encode_image(pixels))
+        (tmp_path / "pictures" / f"{i}.txt").write_text("a fox and a star, night")
+    made, trained = (shlex.split(command.replace("\\\n", " "))[1:] for command in commands)
+    if source == "data set":
+        datasets = pytest.importorskip("datasets")
+        columns = {"image": [f"pictures/{i}.png" for i in range(40)], "text": ["a fox and a star, night"] * 40}
+        (tmp_path / "set").mkdir()
+        datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).to_parquet("set/all.parquet")
+        made = ["--dataset_name=set", *made[1:]]
+    if source == "at once":
+        trained = [made[0] if option.startswith("--train_shards") else option for option in trained]
+    else:
+        make_shards.main(made)
+        assert "40 samples used, skipped: none" in capsys.readouterr().out
+    importlib.import_module("train_lcm_distill_lora_sd_wds").main([*trained, "--max_train_steps=2"])
+    assert "samples used, skipped: none" in capsys.readouterr().out
+    pipeline = DiffusionPipeline.from_pretrained("demo/teacher", safety_checker=None)
+    pipeline.load_lora_weights("my-lora", weight_name="pytorch_lora_weights.safetensors")
+    assert pipeline("a fox, meadow", num_inference_steps=1, guidance_scale=1).images[0].size == (64, 64)

@@ -445,7 +445,7 @@ def exported(run):
 
 
 @covers(
-    "output_dir", "logging_dir", "report_to", "tracker_project_name", "hub_token",
+    "output_dir", "logging_dir", "report_to", "tracker_project_name", "tracker_run_name", "hub_token",
     "checkpointing_steps", "checkpoints_total_limit", "seed",
     by=ALL,
 )  # fmt: skip
@@ -456,6 +456,7 @@ def test_files_lie_in_the_output_folder_and_hold_no_token(run, tmp_path, monkeyp
         "--report_to=tensorboard",
         "--logging_dir=scalars",
         "--tracker_project_name=mine",
+        "--tracker_run_name=first",
         "--checkpointing_steps=1",
         "--checkpoints_total_limit=1",
     ]
@@ -463,7 +464,7 @@ def test_files_lie_in_the_output_folder_and_hold_no_token(run, tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert {path.name for path in done.folder.iterdir()} == exported(run) | {"checkpoint-2", "scalars"}
     assert "Saved a/deep/folder/checkpoint-1\n" in done.log
-    log = events(done.folder / "scalars" / "mine")
+    log = events(done.folder / "scalars" / "mine" / "first")
     assert [event.step for event in log.Scalars("loss")] == [1, 2]
     assert [event.value for event in log.Scalars("loss")] == pytest.approx([loss for _, loss in done.steps])
     files = [path for path in done.folder.rglob("*") if path.is_file()]
@@ -1026,14 +1027,14 @@ def test_8bit_adam(run):
 def test_quantized_base(run):
     """The teacher answers a little differently; what is trained keeps its precision."""
     pytest.importorskip("bitsandbytes")
-    plain, nf4 = run("--learning_rate=0"), run("--learning_rate=0", "--base_model_precision=nf4")
-    assert "nf4: " in nf4.log and "linear layers" in nf4.log and set(nf4.trained) == {torch.float32}
-    pairs = list(zip(plain.teacher_calls, nf4.teacher_calls, strict=True))
+    plain, small = run("--learning_rate=0"), run("--learning_rate=0", "--base_model_precision=nf4")
+    assert "nf4: " in small.log and "linear layers" in small.log and set(small.trained) == {torch.float32}
+    pairs = list(zip(plain.teacher_calls, small.teacher_calls, strict=True))
     assert pairs and all(torch.equal(a.z, b.z) for a, b in pairs[:1])
     distance = [((a.output - b.output).norm() / a.output.norm()).item() for a, b in pairs]
     assert 0 < max(distance) < 0.3
     if not run.is_lora:
-        assert same(plain, nf4)
+        assert same(plain, small)
 
 
 OPTIMIZERS = {

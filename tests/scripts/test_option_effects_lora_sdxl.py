@@ -354,6 +354,19 @@ def test_a_vae_that_is_given_runs_in_the_mixed_precision(run):
     assert same(run(given), run())
 
 
+@covers("lora_rank_pattern", "use_rslora", "lora_weights", by=LORA)
+def test_variants_of_a_lora(run):
+    """test_lora.py looks at the files."""
+    plain = run()
+    pattern, rs = run("--lora_rank_pattern=conv1=2"), run("--use_rslora")
+    ranks = {tensor.shape[0] for name, tensor in pattern.weights().items() if "lora_A" in name}
+    assert ranks == {2, 4} and "LoRA: rank 4, conv1 2, alpha 8" in pattern.log.replace("\\", "")
+    assert {t.shape for t in rs.weights().values()} == {t.shape for t in plain.weights().values()}
+    assert not same(rs, plain)
+    started = run(f"--lora_weights={plain.folder}", "--learning_rate=0")
+    assert same(started, plain) and not same(run("--learning_rate=0"), plain)
+
+
 # And nothing was forgotten.
 
 
