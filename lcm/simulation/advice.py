@@ -22,7 +22,7 @@ def savers(args: Options, is_sharded: bool = False) -> list[More]:
 
     `is_sharded` says whether FSDP splits the networks, and with them the moving average.
     """
-    is_whole = "lora" not in args.script
+    is_whole, has_bitsandbytes = "lora" not in args.script, importlib.util.find_spec("bitsandbytes") is not None
     at_once = min(pictures_at_once(*shape) for shape in training_shapes(args))
     helps = {
         "--gradient_checkpointing": not args.gradient_checkpointing,
@@ -30,7 +30,8 @@ def savers(args: Options, is_sharded: bool = False) -> list[More]:
         "--offload_ema": is_whole and not is_sharded and not args.offload_ema,
         "--cast_teacher_unet": is_whole and not args.cast_teacher_unet and args.mixed_precision is not None,
         "--vae_encode_batch_size=1": (args.vae_encode_batch_size or 0) > at_once,
-        "--use_8bit_adam": optimizer_name(args) == "adamw" and importlib.util.find_spec("bitsandbytes") is not None,
+        "--use_8bit_adam": optimizer_name(args) == "adamw" and has_bitsandbytes,
+        "--base_model_precision=nf4": not is_whole and args.base_model_precision == "no_change" and has_bitsandbytes,
     }
     return [(option,) for option, is_useful in helps.items() if is_useful]
 

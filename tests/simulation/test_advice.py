@@ -140,7 +140,7 @@ def test_which_options_are_tried():
 
     whole, lora = train_lcm_distill_sd_wds, train_lcm_distill_lora_sd_wds
     assert tried(whole) == ALL
-    assert tried(lora) == "--gradient_checkpointing --offload --use_8bit_adam"
+    assert tried(lora) == "--gradient_checkpointing --offload --use_8bit_adam --base_model_precision=nf4"
     assert tried(whole, *ALL.split()) == ""
     assert tried(lora, "--vae_encode_batch_size=4") == tried(lora)
     assert "--vae_encode_batch_size=1" in tried(lora, "--vae_encode_batch_size=5")
