@@ -22,7 +22,7 @@ from lcm.secrets import public_options
 
 RECORD = "make_shards.json"
 # Options that may differ when a folder is completed: they do not change what is drawn.
-MAY_CHANGE = {"output_dir", "batch_size", "cache_dir"}
+MAY_CHANGE = {"config", "output_dir", "batch_size", "cache_dir"}
 SOURCES = ("train_data_dir", "dataset_name", "prompts")
 PICTURES = ("train_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column",
             "max_shorter_side")  # fmt: skip
@@ -32,7 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     """The checked options. Heavy imports come later, so that a wrong option is reported at once."""
     parser = make_parser(__doc__, __file__)
     add_picture_options(parser.add_argument_group("data"))
-    add_model_options(parser, required=False)
+    models = add_model_options(parser, required=False)
     group = parser.add_argument_group("pictures that the teacher draws")
     add = group.add_argument
     add("--variant", type=text, metavar="NAME", help="Variant of the teacher's weight files, such as fp16.")
@@ -106,8 +106,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
         parser.error(
             f"--{given[1] if given else SOURCES[0]}: {len(given)} sources of pictures given; allowed: {allowed}"
         )
+    drawing += [action.dest for action in models._group_actions if action.dest != "config"]
     for name in PICTURES if args.prompts else drawing:
-        if name not in given and getattr(args, name) != parser.get_default(name):
+        is_used = name in given or (name == "cache_dir" and args.dataset_name is not None)
+        if not is_used and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name}: given, but it has no effect with --{given[0]}")
     if args.prompts:
         if args.pretrained_teacher_model is None:

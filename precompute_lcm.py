@@ -24,7 +24,9 @@ from lcm.secrets import public_options
 
 RECORD = "precompute_lcm.json"
 # Options that may differ when a folder is completed: they do not change what is stored.
-MAY_CHANGE = {"output_dir", "batch_size", "vae_encode_batch_size", "decoding_threads", "cache_dir", "shard_timeout"}
+MAY_CHANGE = {
+    "config", "output_dir", "batch_size", "vae_encode_batch_size", "decoding_threads", "cache_dir", "shard_timeout",
+}  # fmt: skip
 # Options of training that a Family asks for, and that have no part in this.
 UNUSED = {
     "offload": False,

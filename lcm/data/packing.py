@@ -53,7 +53,8 @@ def open_source(args: Options) -> Source:
     """The pictures that the options name. Raises UserError."""
     if args.train_data_dir is not None:
         return PictureFolder(args.train_data_dir, args.caption_column)
-    return DataSet(args.dataset_name, args.dataset_config_name, args.image_column, args.caption_column)
+    columns = args.image_column, args.caption_column
+    return DataSet(args.dataset_name, args.dataset_config_name, *columns, args.cache_dir)
 
 
 def make_sample(source: Source, number: int, packing: Packing) -> Sample:

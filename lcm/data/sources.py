@@ -170,7 +170,9 @@ class DataSet(Source):
     encoded. Raises UserError for all that goes wrong when it is loaded.
     """
 
-    def __init__(self, name: str, config_name: str | None, image_column: str, caption_column: str):
+    def __init__(
+        self, name: str, config_name: str | None, image_column: str, caption_column: str, cache_dir: str | None = None
+    ):
         try:
             import datasets
         except ImportError:
@@ -182,8 +184,9 @@ class DataSet(Source):
                 table = datasets.load_from_disk(name)
             else:
                 # The library's cache may take one folder for another of the same name: a local one gets its own.
-                self.cache = tempfile.TemporaryDirectory() if os.path.isdir(name) else None
-                table = datasets.load_dataset(name, config_name, cache_dir=self.cache and self.cache.name)
+                self.own_cache = tempfile.TemporaryDirectory() if os.path.isdir(name) else None
+                cache_dir = self.own_cache.name if self.own_cache else cache_dir
+                table = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
             if isinstance(table, dict):
                 table = table["train"] if "train" in table else table[next(iter(table))]
         except Exception as error:  # it raises nearly anything

@@ -23,7 +23,7 @@ from lcm.options.types import Parser, integer, names, number, ranks, sizes, text
 Group = argparse._ArgumentGroup
 
 
-def add_model_options(parser: Parser, required: bool = True) -> None:
+def add_model_options(parser: Parser, required: bool = True) -> Group:
     group = parser.add_argument_group("models")
     add = group.add_argument
     add("--config", type=text, metavar="FILE",
@@ -38,7 +38,8 @@ def add_model_options(parser: Parser, required: bool = True) -> None:
     add("--revision", type=text, metavar="REV",
         help="The same; used where --teacher_revision is not given.")
     add("--cache_dir", type=text, metavar="FOLDER",
-        help="Where downloaded models are kept, instead of the Hub client's own cache.")
+        help="Where downloaded models and data sets are kept, instead of the Hub client's own cache.")
+    return group
 
 
 def add_output_options(parser: Parser) -> None:

@@ -232,6 +232,7 @@ def test_shapes_are_suggested(tmp_path, capsys):
     (["--train_data_dir=in", "--prompts", "a"], "--prompts: 2 sources of pictures given"),
     (["--train_data_dir=in", "--seed=3"], "--seed: given, but it has no effect with --train_data_dir"),
     (["--prompts", "a", "--max_shorter_side=64"], "--max_shorter_side: given, but it has no effect with --prompts"),
+    (["--train_data_dir=in", "--pretrained_teacher_model=x"], "--pretrained_teacher_model: given, but it has no"),
     (["--prompts", "a"], "--pretrained_teacher_model: required with --prompts"),
     (["--train_data_dir=nosuch"], "--train_data_dir: 'nosuch' is not a folder"),
     (["--train_data_dir=empty"], "--train_data_dir: 'empty' has no pictures"),

@@ -152,3 +152,14 @@ def test_configs_of_the_readme_are_its_commands(name):
     in_file = vars(module.parse_args([f"--config={ROOT / 'configs' / f'readme_{name}.yaml'}"]))
     typed = vars(module.parse_args(shlex.split(line.replace("\\\n", " "))))
     assert {**in_file, "config": None} == typed
+
+
+def test_other_commands_take_a_file_too(teacher, shards, tmp_path):
+    """And do not mind from which file the options of a folder came."""
+    import precompute_lcm
+
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / name).write_text(f"pretrained_teacher_model: {teacher}\nresolution: 16\ndtype: float32\n")
+        more = [f"--train_shards_path_or_url={shards}", f"--output_dir={tmp_path / 'cached'}"]
+        precompute_lcm.main([f"--config={tmp_path / name}", *more])
+    assert len(list((tmp_path / "cached").glob("*.tar"))) == 3
