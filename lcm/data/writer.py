@@ -33,12 +33,16 @@ def encode_picture(picture: Image.Image, suffix: str) -> bytes:
 def write_tar(path: str, samples: Iterable[dict[str, Any]]) -> None:
     """Write samples, {"__key__": key, suffix: bytes, ...}, to a tar file.
 
-    The file has this name only once it is complete. The same samples make the same bytes.
+    The file has this name only once it is complete. The same samples make the same bytes. Raises UserError if the disk
+    is full.
     """
-    with open(path + PARTIAL, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as shard:
-        for sample in samples:
-            shard.write(sample)
-    publish(path + PARTIAL, path)
+    try:
+        with open(path + PARTIAL, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as shard:
+            for sample in samples:
+                shard.write(sample)
+        publish(path + PARTIAL, path)
+    except OSError as error:
+        raise UserError(f"--output_dir: {first_line(error)}") from error
 
 
 def make_captioned(

@@ -176,6 +176,19 @@ def test_killed_and_started_again(folder, tmp_path):
         assert not list(out.glob("*.partial"))
 
 
+def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch, capsys):
+    class Full(writer.webdataset.TarWriter):
+        def write(self, sample):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer.webdataset, "TarWriter", Full)
+    with pytest.raises(SystemExit) as stop:
+        made(tmp_path / "shards", f"--train_data_dir={folder}")
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "--output_dir: [Errno 28] No space left on device"
+    assert not list((tmp_path / "shards").glob("*.tar"))
+
+
 def test_two_processes_share_the_shards(folder, tmp_path):
     options = [f"--train_data_dir={folder}", "--shard_size=2"]
     made(tmp_path / "one", *options)
