@@ -1,7 +1,13 @@
-"""A shard behind http(s)://, read in order; if the connection breaks or stalls, it is reopened at the same byte."""
+"""A shard behind http(s):// or s3://, read in order; a connection that breaks or stalls is reopened at the same byte.
+
+s3:// addresses become http(s):// ones that are signed with the credentials of this machine. `aws s3 cp` writes the
+beginning of a shard twice if the connection breaks.
+"""
 
 import base64
+import functools
 import http.client
+import importlib
 import io
 import logging
 import time
@@ -10,13 +16,38 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
+from lcm.errors import first_line
 from lcm.secrets import redact
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 60  # seconds without a byte, after which the connection is reopened
 WAITS = (1, 2, 4, 8, 16)  # seconds before each retry; a received byte resets the count
+SIGNED_SECONDS = 7 * 24 * 3600  # the most that stores allow
 TEMPORARY = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses after which a retry may succeed
+
+
+@functools.cache
+def s3_client(is_signed: bool) -> Any:
+    """The client of an S3-compatible store, as AWS_ENDPOINT_URL and the other settings of boto3 have it."""
+    boto3, botocore = importlib.import_module("boto3"), importlib.import_module("botocore")
+    unsigned = importlib.import_module("botocore.config").Config(signature_version=botocore.UNSIGNED)
+    return boto3.client("s3", config=None if is_signed else unsigned)
+
+
+def http_address(url: str) -> str:
+    """`url`, or for s3://BUCKET/KEY an http(s):// address that is readable for SIGNED_SECONDS; without credentials it
+    is that of a public bucket. Raises OSError."""
+    if not url.startswith("s3://"):
+        return url
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    try:
+        is_signed = importlib.import_module("boto3").Session().get_credentials() is not None
+        place = {"Bucket": bucket, "Key": key}
+        address: str = s3_client(is_signed).generate_presigned_url("get_object", place, SIGNED_SECONDS)
+    except Exception as error:  # botocore has its own kinds
+        raise OSError(first_line(error)) from None
+    return address
 
 
 def split_login(url: str) -> tuple[str, str | None]:
@@ -37,14 +68,14 @@ def split_login(url: str) -> tuple[str, str | None]:
 
 
 class HttpFile(io.RawIOBase):
-    """The body of `url` as a stream of bytes.
+    """The body of `url`, http(s):// or s3://, as a stream of bytes.
 
     Reading raises OSError after the last retry, or at once for a permanent status such as 404. A try ends after
     `timeout` seconds without a byte, but at most TIMEOUT.
     """
 
     def __init__(self, url: str, timeout: float = TIMEOUT):
-        self.url, self.login = split_login(url)
+        self.url, self.login = split_login(http_address(url))
         self.timeout = min(timeout, TIMEOUT)
         self.offset, self.tries = 0, 0
         self.length: int | None = None

@@ -6,6 +6,7 @@ sample, or rest of a shard, that cannot be used becomes a `Problem`.
 
 import contextlib
 import glob
+import importlib.util
 import io
 import itertools
 import logging
@@ -40,7 +41,8 @@ def is_local(shard: str) -> bool:
 def expand_shards(patterns: Iterable[str], option: str = "--train_shards_path_or_url") -> tuple[str, ...]:
     """All shards that the values of `option` name, by brace ranges, `::`-joined lists and local wildcards.
 
-    Raises UserError if a pattern is malformed or if no shard is left; missing local files are logged and left out.
+    Raises UserError if a pattern is malformed, if no shard is left, or without a package that an address needs.
+    Missing local files are logged and left out.
     """
     shards: list[str] = []
     for pattern in itertools.chain.from_iterable(p.split("::") for p in patterns):
@@ -55,6 +57,8 @@ def expand_shards(patterns: Iterable[str], option: str = "--train_shards_path_or
     present = tuple(s for s in shards if s not in missing)
     if missing and present:
         logger.warning("%d of %d shards do not exist, for example %s", len(missing), len(shards), min(missing))
+    if importlib.util.find_spec("boto3") is None and any(shard.startswith("s3://") for shard in present):
+        raise UserError(f"{option}: s3:// needs the package boto3, which is not installed")
     if not present:
         raise UserError(f"{option}: {redact(' '.join(patterns))!r} matches no shard")
     return present
@@ -136,11 +140,12 @@ def tar_members(stream: BinaryIO, url: str) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def open_shard(url: str, timeout: float) -> Iterator[BinaryIO]:
-    """The bytes of a shard as a stream: HttpFile for http(s)://, else webdataset's `gopen`. `timeout` is in seconds.
+    """The bytes of a shard as a stream: HttpFile for http(s):// and s3://, else webdataset's `gopen`. `timeout` is in
+    seconds.
 
     Raises ShardUnreadable if it cannot be opened, or if the command that writes it fails.
     """
-    is_http = url.lower().startswith(("http://", "https://"))
+    is_http = url.lower().startswith(("http://", "https://", "s3://"))
     with contextlib.ExitStack() as stack:
         with broken_shard():
             opened: contextlib.AbstractContextManager
