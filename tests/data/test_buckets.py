@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import SCRIPTS, Script, encode_image, write_tar
 from data_tools import FEW_EXAMPLES, RANDOM, assert_resumes_exactly, config, take
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -110,7 +110,7 @@ def test_every_batch_has_one_shape(shards):
     assert data.tally.as_scalars()["samples/shape/8x32"] == shapes["8x32"] > 0
 
 
-@FEW_EXAMPLES
+@settings(FEW_EXAMPLES, max_examples=12)
 @given(batch_size=st.integers(1, 5), block=st.integers(1, 90), seed=st.integers(0, 3), num_streams=st.integers(1, 3))
 def test_every_sample_is_used_equally_often(shards, batch_size, block, seed, num_streams):
     """But for those that wait: after ten passes none was used more than ten times, and the rest waits."""

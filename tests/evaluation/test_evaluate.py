@@ -705,7 +705,7 @@ def test_help_needs_nothing_but_the_standard_library():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     options = re.findall(r"^  --(\w+)\b", done.stdout, re.MULTILINE)
-    assert len(options) == len(set(options)) == 24
+    assert len(options) == len(set(options)) == 25
     for group in ("models", "what is compared", "sampling", "measures"):
         assert f"\n{group}:\n" in done.stdout
     code = "import sys, evaluate_lcm as e; e.parse_args(sys.argv[1:]); print(*sys.modules)"

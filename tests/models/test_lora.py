@@ -295,25 +295,21 @@ def test_kohya_names_are_those_of_comfyui(config):
     assert {name.split(".")[0] for name in kohya} == blocks and len(kohya) == 3 * len(blocks)
 
 
-@pytest.mark.parametrize("more", [
-    {"lora_rank_pattern": "conv1=2, to_out.0=6"}, {"use_rslora": True},
-    {"use_rslora": True, "lora_rank_pattern": "conv1=2,to_q=9", "lora_rank": 5},
+@pytest.mark.parametrize(("pattern", "more"), [
+    ({"conv1": 2, "to_out.0": 6}, {"lora_rank_pattern": "conv1=2, to_out.0=6"}),
+    ({}, {"use_rslora": True}),
+    ({"conv1": 2, "to_q": 9}, {"use_rslora": True, "lora_rank_pattern": "conv1=2,to_q=9", "lora_rank": 5}),
 ])  # fmt: skip
-def test_ranks_and_scales_are_in_both_files(tmp_path, inputs, more):
+def test_ranks_and_scales_are_in_both_files(tmp_path, inputs, pattern, more):
     """diffusers draws with the first one as the student does; the second has the same products."""
     unet, base = student_unet(**more)
     given = options(**more)
-    pattern = {"conv1": 2, "to_out.0": 6} if "to_out" in str(more) else {"conv1": 2, "to_q": 9}
     layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, BaseTunerLayer)}
-    ranks = set()
     for name, layer in layers.items():
-        ends = [rank for end, rank in pattern.items() if name.endswith(f".{end}")] if len(more) != 1 or (
-            "lora_rank_pattern" in more) else []  # fmt: skip
-        rank = ends[0] if ends else given.lora_rank
-        ranks.add(layer.r[TRAINED])
+        rank = next((rank for end, rank in pattern.items() if name.endswith(f".{end}")), given.lora_rank)
         assert layer.r[TRAINED] == rank, name
         assert layer.scaling[TRAINED] == pytest.approx(given.lora_alpha / (rank**0.5 if given.use_rslora else rank))
-    assert len(ranks) == (3 if "lora_rank_pattern" in more else 1)
+    assert {layer.r[TRAINED] for layer in layers.values()} == {given.lora_rank, *pattern.values()}
     lora_files.save_for_diffusers(unet, TRAINED, tmp_path)
     lora_files.save_for_kohya(unet, TRAINED, tmp_path / "kohya.safetensors")
     loaded = copy.deepcopy(base)
