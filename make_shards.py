@@ -140,7 +140,7 @@ def make_shards(args: Options) -> None:
 
         record = {name: value for name, value in public_options(args).items() if name not in PICTURES}
         paths = draw_shards(args, RECORD, record, MAY_CHANGE)
-        found, advice = f"{args.num_images} pictures", None
+        found, advice = f"{args.num_images} pictures", ""
     else:
         packing = Packing(args.shard_size, args.max_shorter_side, args.picture_format)
         paths = make_shards(open_source(args), args.output_dir, packing)

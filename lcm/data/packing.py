@@ -145,7 +145,8 @@ def sizes_of(paths: Sequence[str]) -> Counter[Size]:
 
 
 def advise_shapes(sizes: Counter[Size]) -> str:
-    """Options of a training that fit pictures of these sizes, with the shapes that at least 1 % of them need.
+    """Options of a training that fit pictures of these sizes, with the shapes that at least 1 % of them need; "" if
+    squares are all they need.
 
     The resolution is the largest of 1024 and 512, or else of the multiples of 64, that half of the pictures fill by
     three quarters.
@@ -157,5 +158,7 @@ def advise_shapes(sizes: Counter[Size]) -> str:
     for size, count in sizes.items():
         shapes[nearest_shape(make_buckets(resolution, 64, "area"), size)] += count
     frequent = {shape: count for shape, count in shapes.most_common() if count >= total / 100}
+    if frequent.keys() == {(resolution, resolution)}:
+        return ""
     shares = ", ".join(f"{100 * n / total:.0f} % {width} x {height}" for (height, width), n in frequent.items())
     return f'--resolution={resolution} --aspect_ratio_buckets="{as_text(list(frequent))}"   # {shares}'

@@ -233,8 +233,13 @@ def test_shapes_are_suggested(tmp_path, capsys):
     files = {f"{i}.png": encode_image(np.zeros((64, 96) if i % 4 else (64, 64), "u1")) for i in range(8)}
     folder = write(tmp_path / "in", files | {f"{i}.txt": "a" for i in range(8)})
     made(tmp_path / "shards", f"--train_data_dir={folder}")
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == '--resolution=64 --aspect_ratio_buckets="64,64"   # 100 % 64 x 64'
+    assert capsys.readouterr().out.splitlines()[-1].startswith("--train_shards_path_or_url=")  # squares will do
+    files = {f"{i}.png": encode_image(np.zeros((640, 960), "u1")) for i in range(3)}
+    folder = write(tmp_path / "wide", files | {f"{i}.txt": "a" for i in range(3)})
+    made(tmp_path / "wide_shards", f"--train_data_dir={folder}")
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        '--resolution=512 --aspect_ratio_buckets="384,640"   # 100 % 640 x 384'
+    )
     wide = {(1600, 1000): 60, (1000, 1600): 30, (1024, 1024): 9.5, (3000, 1000): 0.5}
     advice = packing.advise_shapes(Counter({size: int(10 * count) for size, count in wide.items()}))
     assert advice.startswith('--resolution=1024 --aspect_ratio_buckets="768,1344;1344,768;1024,1024"   # 60 % 1344 x')
