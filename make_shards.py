@@ -20,7 +20,6 @@ from lcm.options.groups import add_model_options, add_picture_options
 from lcm.options.types import Options, integer, make_parser, number, text
 from lcm.secrets import public_options
 
-RECORD = "make_shards.json"
 # Options that may differ when a folder is completed: they do not change what is drawn.
 MAY_CHANGE = {"config", "output_dir", "batch_size", "cache_dir"}
 SOURCES = ("train_data_dir", "dataset_name", "prompts")
@@ -139,7 +138,7 @@ def make_shards(args: Options) -> None:
         from lcm.drawing import draw_shards
 
         record = {name: value for name, value in public_options(args).items() if name not in PICTURES}
-        paths = draw_shards(args, RECORD, record, MAY_CHANGE)
+        paths = draw_shards(args, record, MAY_CHANGE)
         found, advice = f"{args.num_images} pictures", ""
     else:
         packing = Packing(args.shard_size, args.max_shorter_side, args.picture_format)

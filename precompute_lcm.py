@@ -18,7 +18,7 @@ from lcm.options import groups
 from lcm.options.checks import check_buckets
 from lcm.options.choices import CACHE_DTYPES, PRECISIONS
 from lcm.options.files import existing_parent
-from lcm.options.shapes import training_shapes
+from lcm.options.shapes import bucket_shapes
 from lcm.options.types import Options, integer, make_parser, text
 from lcm.secrets import public_options
 
@@ -115,7 +115,7 @@ def precompute(args: Options) -> None:
     accelerator.print(f"{len(shards) - len(missing)} of {len(shards)} shards are there. Making {len(missing)}.")
     if mine:
         settings = {name: getattr(args, name) for name in DataConfig.__dataclass_fields__.keys() & vars(args).keys()}
-        config = DataConfig(shards, buckets=training_shapes(args) if args.aspect_ratio_buckets else (), **settings)
+        config = DataConfig(shards, buckets=bucket_shapes(args), **settings)
         maker = Maker(args, accelerator, kind(Options(**vars(args), **UNUSED), accelerator), config)
         if accelerator.is_main_process:
             maker.check_disk([shards[number] for number in missing])

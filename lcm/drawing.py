@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
+from lcm.data.packing import RECORD
 from lcm.data.writer import missing_shards, write_shard
 from lcm.errors import UserError, first_line
 from lcm.evaluation.candidates import load_teacher
@@ -18,14 +19,14 @@ from lcm.options.types import Options
 from lcm.pictures.samplers import make_scheduler
 
 
-def draw_shards(args: Options, name: str, record: dict[str, Any], may_change: set[str]) -> list[str]:
+def draw_shards(args: Options, record: dict[str, Any], may_change: set[str]) -> list[str]:
     """Draw the shards that the output folder lacks; the processes of a launch share them. Returns their paths.
 
-    `record`, under `name`, says how they are drawn. Raises UserError if it has shards with other options.
+    `record` says how they are drawn. Raises UserError if it has shards with other options.
     """
     digest = hashlib.sha256("\n".join(args.prompts).encode()).hexdigest()
     record = {**record, "prompts": f"{len(args.prompts)}, SHA-256 {digest}"}
-    paths, mine = missing_shards(args.output_dir, name, record, may_change, args.num_images, args.shard_size)
+    paths, mine = missing_shards(args.output_dir, RECORD, record, may_change, args.num_images, args.shard_size)
     state = PartialState()
     if mine:
         pipeline = load_teacher(args, state.device)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from lcm.cache import Origin, sample_bytes
 from lcm.options.plan import Plan
-from lcm.options.shapes import Shape, training_shapes
+from lcm.options.shapes import Shape, bucket_shapes
 from lcm.options.types import Options
 
 BATCHES_AHEAD = 2  # batches that a data worker prepares ahead; the default of DataLoader
@@ -64,7 +64,7 @@ def data_config(args: Options, plan: Plan, rank: int) -> DataConfig:
     names = DataConfig.__dataclass_fields__.keys() & vars(args).keys() - {"seed"}
     return DataConfig(
         shards=plan.shards,
-        buckets=training_shapes(args) if args.aspect_ratio_buckets else (),
+        buckets=bucket_shapes(args),
         origin=plan.cache.origin if plan.cache else None,
         seed=plan.seed,
         batch_size=args.train_batch_size,

@@ -28,23 +28,23 @@ TEMPORARY = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses after which a r
 
 
 @functools.cache
-def s3_client(is_signed: bool) -> Any:
-    """The client of an S3-compatible store, as AWS_ENDPOINT_URL and the other settings of boto3 have it."""
-    boto3, botocore = importlib.import_module("boto3"), importlib.import_module("botocore")
-    unsigned = importlib.import_module("botocore.config").Config(signature_version=botocore.UNSIGNED)
-    return boto3.client("s3", config=None if is_signed else unsigned)
+def s3_client() -> Any:
+    """The client of an S3-compatible store, as AWS_ENDPOINT_URL and the other settings of boto3 have it. Without
+    credentials, which are looked for once, its addresses are those of public buckets."""
+    session = importlib.import_module("boto3").Session()
+    unsigned = importlib.import_module("botocore").UNSIGNED
+    public = importlib.import_module("botocore.config").Config(signature_version=unsigned)
+    return session.client("s3", config=None if session.get_credentials() else public)
 
 
 def http_address(url: str) -> str:
-    """`url`, or for s3://BUCKET/KEY an http(s):// address that is readable for SIGNED_SECONDS; without credentials it
-    is that of a public bucket. Raises OSError."""
+    """`url`, or for s3://BUCKET/KEY an http(s):// address that is readable for SIGNED_SECONDS. Raises OSError."""
     if not url.startswith("s3://"):
         return url
     bucket, _, key = url.removeprefix("s3://").partition("/")
     try:
-        is_signed = importlib.import_module("boto3").Session().get_credentials() is not None
         place = {"Bucket": bucket, "Key": key}
-        address: str = s3_client(is_signed).generate_presigned_url("get_object", place, SIGNED_SECONDS)
+        address: str = s3_client().generate_presigned_url("get_object", place, SIGNED_SECONDS)
     except Exception as error:  # botocore has its own kinds
         raise OSError(first_line(error)) from None
     return address

@@ -29,6 +29,7 @@ from lcm.data.writer import (
     write_tar,
 )
 from lcm.errors import UserError
+from lcm.options.choices import PICTURE_FORMATS
 from lcm.options.shapes import Shape, as_text, make_buckets, nearest_shape
 from lcm.options.types import Options
 
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 RECORD = "make_shards.json"
 THREADS = 4  # that decode pictures, in each process
 AHEAD = 64  # pictures that they decode ahead
-SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+SUFFIXES = {kind: suffix for suffix, kind in reversed(PICTURE_FORMATS.items())}  # of two suffixes the first
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def open_source(args: Options) -> Source:
     return DataSet(args.dataset_name, args.dataset_config_name, *columns, args.cache_dir)
 
 
-def make_sample(source: Source, number: int, packing: Packing) -> Sample:
-    """The members of one sample: the picture as it is, or made smaller; captions and sizes. Raises Unusable."""
+def make_sample(source: Source, number: int, packing: Packing) -> tuple[Sample, Size]:
+    """The members of one sample, and the size of its picture, as it is or made smaller. Raises Unusable."""
     raw, most = source.read(number), packing.max_shorter_side
 
     def reduced(size: Size) -> Size:
@@ -76,14 +77,14 @@ def make_sample(source: Source, number: int, packing: Packing) -> Sample:
         suffix = packing.picture_format
         data = encode_picture(picture.image.resize(size, Image.Resampling.LANCZOS), suffix)
     entries = {**raw.about, "file": raw.name}
-    return make_captioned(f"{number:09d}", suffix, data, raw.captions, size, picture.size, entries)
+    return make_captioned(f"{number:09d}", suffix, data, raw.captions, size, picture.size, entries), size
 
 
 def make_shard(source: Source, numbers: range, packing: Packing, path: str, progress: Any) -> None:
     """Write the pictures with these numbers to a shard; and beside it counts, and what is wrong with the others."""
     tally, sizes, problems = Tally(), Counter[str](), list[str]()
 
-    def sample_or_problem(number: int) -> Sample | Problem:
+    def sample_or_problem(number: int) -> tuple[Sample, Size] | Problem:
         try:
             return make_sample(source, number, packing)
         except Unusable as error:
@@ -98,10 +99,10 @@ def make_shard(source: Source, numbers: range, packing: Packing, path: str, prog
                         tally.skip(made)
                         problems.append(made.detail)
                         continue
+                    sample, (width, height) = made
                     tally.used += 1
-                    about = json.loads(made["json"])
-                    sizes[f"{about['width']}x{about['height']}"] += 1
-                    yield made
+                    sizes[f"{width}x{height}"] += 1
+                    yield sample
         write_counts(path, tally, {"sizes": dict(sizes), "problems": problems})
 
     write_tar(path, samples())

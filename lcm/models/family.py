@@ -19,7 +19,7 @@ from lcm.models.prompts import Conditioning, PromptEncoder, SDXLPromptEncoder
 from lcm.models.schedule import load_noise_schedule
 from lcm.models.unet import load_unet
 from lcm.models.vae import encode_pixels, load_vae, sample_latents
-from lcm.options.shapes import as_text, training_shapes
+from lcm.options.shapes import as_text, bucket_shapes
 from lcm.options.types import Options
 
 # Options that decide what is in a cached sample.
@@ -80,7 +80,7 @@ class Family:
             "vae": content_hash(weight_files(self.args, None if path else "vae", path)),
             "text_encoders": content_hash(encoders),
             **{name: str(getattr(self.args, name)) for name in CACHED_OPTIONS},
-            **({BUCKETS: as_text(training_shapes(self.args))} if self.args.aspect_ratio_buckets else {}),
+            **({BUCKETS: as_text(bucket_shapes(self.args))} if self.args.aspect_ratio_buckets else {}),
         }
 
     @contextlib.contextmanager

@@ -5,7 +5,7 @@ import os
 
 from lcm.options.choices import ADAM, LR_SCHEDULES, LR_SHAPE, OPTIMIZERS, RUN_NAMES, TRACKERS
 from lcm.options.files import existing_parent, find_checkpoint, is_repository_name, read_prompts, repository_name
-from lcm.options.shapes import AUTO, training_shapes
+from lcm.options.shapes import AUTO, bucket_shapes
 from lcm.options.types import Options, Parser
 
 SOURCES = ("train_shards_path_or_url", "train_data_dir", "dataset_name")
@@ -107,7 +107,7 @@ def check_buckets(parser: Parser, args: Options) -> None:
                 parser.error(f"--{name}: given, but only --aspect_ratio_buckets auto makes shapes; allowed: both")
     if args.aspect_bucket_rounding % 8:
         parser.error(f"--aspect_bucket_rounding: {args.aspect_bucket_rounding} given; allowed: multiples of 8")
-    if args.aspect_ratio_buckets == AUTO and args.resolution is not None and not training_shapes(args):
+    if args.aspect_ratio_buckets == AUTO and args.resolution is not None and not bucket_shapes(args):
         parser.error(f"--aspect_bucket_rounding: {args.aspect_bucket_rounding} given; allowed: at most --resolution")
 
 

@@ -45,16 +45,21 @@ def is_largest(shape: Shape, shapes: set[Shape]) -> bool:
     return not any(other != shape and other[0] >= shape[0] and other[1] >= shape[1] for other in shapes)
 
 
-def training_shapes(args: argparse.Namespace) -> tuple[Shape, ...]:
-    """The shapes of a training: the square of `--resolution`, or those of `--aspect_ratio_buckets`."""
-    given = getattr(args, "aspect_ratio_buckets", None)
+def bucket_shapes(args: argparse.Namespace) -> tuple[Shape, ...]:
+    """The shapes of `--aspect_ratio_buckets`; none if it is not given."""
+    given = args.aspect_ratio_buckets
     if given is None:
-        return ((args.resolution, args.resolution),)
+        return ()
     if given == AUTO:
         return tuple(make_buckets(args.resolution, args.aspect_bucket_rounding, args.resolution_type))
     return tuple(
         dict.fromkeys((int(height), int(width)) for height, width in (p.split(",") for p in given.split(";")))
     )
+
+
+def training_shapes(args: argparse.Namespace) -> tuple[Shape, ...]:
+    """The shapes of a training: those of `--aspect_ratio_buckets`, or the square of `--resolution`."""
+    return bucket_shapes(args) or ((args.resolution, args.resolution),)
 
 
 def as_text(shapes: Sequence[Shape]) -> str:

@@ -101,12 +101,14 @@ def test_what_is_not_there_is_counted_and_no_secret_shown(store, capfd, caplog):
     assert not any(secret in shown + "".join(capfd.readouterr()) for secret in (SECRET, "Signature=", "AKIA"))
 
 
-def test_a_public_bucket_needs_no_credentials(store, monkeypatch):
+def test_a_public_bucket_needs_no_credentials(store, monkeypatch, request):
+    request.addfinalizer(http_file.s3_client.cache_clear)
     assert "Signature" in http_file.http_address("s3://pictures/a.tar")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    http_file.s3_client.cache_clear()
     assert http_file.http_address("s3://pictures/a.tar") == f"{store}/pictures/a.tar"
 
 
