@@ -38,7 +38,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.parent.name != "scripts")  # the longest files first
+    items.sort(key=lambda item: item.path.parent.name not in ("scripts", "simulation"))  # the longest files first
     if not torch.cuda.is_available():
         for item in items:
             if "cuda" in item.keywords:

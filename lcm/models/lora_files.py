@@ -16,9 +16,9 @@ STUDENT_FOLDER = "student"  # the student's own weights, if the output folder ho
 
 
 def adapter_weights(unet: UNet2DConditionModel, adapter: str) -> dict[str, torch.Tensor]:
-    """One adapter's tensors under peft's own keys, `down_blocks.0. ... .to_q.lora_A.weight`, on the CPU."""
+    """One adapter's tensors under peft's own keys, `down_blocks.0. ... .to_q.lora_A.weight`, float32, on the CPU."""
     weights = get_peft_model_state_dict(unet, adapter_name=adapter)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in weights.items()}
 
 
 def save_for_diffusers(unet: UNet2DConditionModel, adapter: str, folder: str) -> None:

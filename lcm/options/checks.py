@@ -8,12 +8,18 @@ from lcm.options.files import existing_parent, find_checkpoint, is_repository_na
 from lcm.options.shapes import AUTO, bucket_shapes
 from lcm.options.types import Options, Parser
 
+# Options whose defaults an optimizer may replace.
+OWN_DEFAULTS = ("learning_rate", "adam_beta2")
 SOURCES = ("train_shards_path_or_url", "train_data_dir", "dataset_name")
 
 
 def parse(parser: Parser, argv: list[str] | None = None) -> Options:
     """Parse and check; on a wrong option print one line that begins with its name, and exit with status 2."""
-    args = parser.parse_args(argv, Options())
+    args = parser.parse_args(argv, Options(**dict.fromkeys(OWN_DEFAULTS)))  # these are None if they are not given
+    for name in OWN_DEFAULTS:
+        if getattr(args, name) is None:
+            own = OPTIMIZERS[optimizer_name(args)].defaults
+            setattr(args, name, own.get(name, parser.get_default(name)))
     args.script = parser.prog
     args.defaults = {name: parser.get_default(name) for name in vars(args)}
     args.left_at_default = {name for name, value in vars(args).items() if value == args.defaults[name]}
@@ -56,11 +62,12 @@ def parse(parser: Parser, argv: list[str] | None = None) -> Options:
          f"{most} given; allowed: at most --num_ddim_timesteps, {args.num_ddim_timesteps}")
     need(not args.use_8bit_adam or args.optimizer in ("adamw", "adamw8bit"), "--use_8bit_adam",
          f"given, but --optimizer is {args.optimizer}; allowed: one of the two")
-    module, _, own, _ = OPTIMIZERS[optimizer_name(args)]
-    package = module.partition(".")[0]
+    optimizer = OPTIMIZERS[optimizer_name(args)]
+    package = optimizer.module.partition(".")[0]
     need(importlib.util.find_spec(package), "--use_8bit_adam" if args.use_8bit_adam else "--optimizer",
          f"the package {package} is not installed")
-    for names, choice, has in ((ADAM, "optimizer", own), (LR_SHAPE, "lr_scheduler", LR_SCHEDULES[args.lr_scheduler])):
+    shape = LR_SCHEDULES[args.lr_scheduler]
+    for names, choice, has in ((ADAM, "optimizer", optimizer.options), (LR_SHAPE, "lr_scheduler", shape)):
         for name in names:
             need(name in has or name in args.left_at_default, f"--{name}",
                  f"given, but --{choice} {getattr(args, choice)} has none; allowed: one of the two")

@@ -4,7 +4,7 @@ The tables name what other libraries do. Losses, targets and prediction types ar
 under the same names.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 LOSSES = ("l2", "huber")  # computed by lcm_common.consistency_loss
 TARGETS = ("lcm", "phased", "trajectory")  # made by lcm_common.make_consistency_function
@@ -14,17 +14,35 @@ PRECISIONS = ("no", "fp16", "bf16")  # those of accelerate that the scripts can 
 BASE_PRECISIONS = ("no_change", "int8", "nf4")  # of frozen linear layers; made by lcm.models.quantize
 CACHE_DTYPES = ("float16", "bfloat16", "float32")  # of what precompute_lcm.py stores
 
-# Optimizers: module, class, which of these options are its own, and what it is given besides. The fused and the loop
-# without `foreach` make no temporary tensors of the size of all trained weights, as torch's defaults do on a GPU.
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
-OPTIMIZERS: dict[str, tuple[str, str, tuple[str, ...], dict[str, Any]]] = {
-    "adamw": ("torch.optim", "AdamW", ADAM, {"fused": True}),
-    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", ADAM, {}),
-    "paged_adamw8bit": ("bitsandbytes.optim", "PagedAdamW8bit", ADAM, {}),
-    "lion": ("bitsandbytes.optim", "Lion", ADAM[:2], {}),
-    "lion8bit": ("bitsandbytes.optim", "Lion8bit", ADAM[:2], {}),
-    "adafactor": ("torch.optim", "Adafactor", (), {"foreach": False}),
-}
+
+
+class Optimizer(NamedTuple):
+    """An optimizer of `--optimizer`."""
+
+    module: str
+    name: str  # of its class
+    options: tuple[str, ...] = ADAM  # those of ADAM that are its own
+    settings: dict[str, Any] = {}  # what it is given besides
+    defaults: dict[str, Any] = {}  # its own defaults of options
+    weights: str = "float32"  # the dtype of the weights that it trains
+
+
+# torch's fused AdamW, and a loop instead of `foreach`, make no temporary tensors of the size of all trained weights.
+# Steps of bfloat16 weights are far smaller than their spacing: optimi keeps what rounding loses, by Kahan summation.
+# Their second moment needs a shorter memory: with a decay of 0.999 it would stand still, for the same reason.
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": Optimizer("torch.optim", "AdamW", settings={"fused": True}),
+    "adamw_bf16": Optimizer("optimi", "AdamW", settings={"foreach": False, "triton": False, "kahan_sum": True},
+                            defaults={"adam_beta2": 0.99}, weights="bfloat16"),
+    "adamw8bit": Optimizer("bitsandbytes.optim", "AdamW8bit"),
+    "paged_adamw8bit": Optimizer("bitsandbytes.optim", "PagedAdamW8bit"),
+    "lion": Optimizer("bitsandbytes.optim", "Lion", ADAM[:2], defaults={"adam_beta2": 0.99}),
+    "lion8bit": Optimizer("bitsandbytes.optim", "Lion8bit", ADAM[:2], defaults={"adam_beta2": 0.99}),
+    "adafactor": Optimizer("torch.optim", "Adafactor", (), {"foreach": False}),
+    "prodigy": Optimizer("prodigyopt", "Prodigy", settings={"use_bias_correction": True, "safeguard_warmup": True},
+                         defaults={"learning_rate": 1.0}),
+}  # fmt: skip
 LR_SHAPE = ("lr_num_cycles", "lr_power")
 # Schedules of the learning rate, as diffusers.optimization.get_scheduler calls them, and options that are their own.
 LR_SCHEDULES: dict[str, tuple[str, ...]] = {

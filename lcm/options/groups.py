@@ -180,7 +180,7 @@ def add_training_options(parser: Parser) -> None:
     group = parser.add_argument_group("optimizer and learning rate")
     add = group.add_argument
     add("--learning_rate", type=number(0), default=1e-4, metavar="LR",
-        help="Learning rate after the warm-up.")
+        help="Learning rate after the warm-up. For prodigy 1, if this is not given.")
     add("--scale_lr", action="store_true",
         help="Multiply the learning rate by processes x accumulation x batch size.")
     add("--lr_scheduler", default="constant",
@@ -193,19 +193,20 @@ def add_training_options(parser: Parser) -> None:
     add("--lr_power", type=number(0, above=0), default=1.0, metavar="POWER",
         help="The power of the polynomial schedule.")
     add("--optimizer", default="adamw", choices=OPTIMIZERS,
-        help="The states of AdamW take 8 bytes for each trained weight, those of lion 4; a quarter of that with 8bit. "
-             "paged_ moves them to host memory when the GPU's is full. adafactor has next to none. lion wants a "
-             "learning rate that is 3 to 10 times smaller, and a larger weight decay.")
+        help="Bytes of states for each trained weight: adamw 8, adamw_bf16 6, lion 4, adamw8bit 2, lion8bit 1, "
+             "prodigy 16, adafactor next to none. adamw_bf16 trains weights in bfloat16, which with their gradients "
+             "take 4 bytes, not 8. paged_ moves states to host memory when the GPU's is full. lion wants a learning "
+             "rate that is 3 to 10 times smaller. prodigy finds its own: leave it at 1.")
     add("--use_8bit_adam", action="store_true",
         help="The same as --optimizer adamw8bit.")
     add("--adam_beta1", type=number(0, below=1), default=0.9, metavar="BETA",
-        help="Decay of the first moment, for AdamW and lion.")
+        help="Decay of the first moment, for AdamW, lion and prodigy.")
     add("--adam_beta2", type=number(0, below=1), default=0.999, metavar="BETA",
-        help="Decay of AdamW's second moment. The same decay of lion's momentum is 0.99 if this is not given.")
+        help="Decay of AdamW's second moment. For adamw_bf16, and for lion's momentum, 0.99 if this is not given.")
     add("--adam_weight_decay", type=number(0), default=1e-2, metavar="DECAY",
         help="The optimizer's weight decay.")
     add("--adam_epsilon", type=number(0, above=0), default=1e-8, metavar="EPS",
-        help="AdamW's epsilon.")
+        help="Epsilon of AdamW and prodigy.")
     add("--max_grad_norm", type=number(0, above=0), default=1.0, metavar="NORM",
         help="Gradients are scaled down to this norm.")
 

@@ -25,6 +25,7 @@ from lcm.models.networks import Networks
 from lcm.models.sharding import load_state, save_state
 from lcm.options.plan import Plan
 from lcm.options.types import Options
+from lcm.run.optimizers import SETTINGS
 from lcm.run.resume import (
     DATA_ORDER,
     RESUME,
@@ -101,7 +102,7 @@ class Checkpoints:
     def load_with_changed_options(self, folder: str, state: dict[str, Any]) -> None:
         """Read a checkpoint, but keep what the options of now decide: settings of the optimizer, the schedule of the
         learning rate, and the order of the data if that has changed."""
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        groups = [{k: group[k] for k in SETTINGS if k in group} for group in self.optimizer.param_groups]
         base_lrs = self.lr_scheduler.base_lrs
         self.load_state(folder)
         for group, given in zip(self.optimizer.param_groups, groups, strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import torch
 
+from lcm.errors import UserError
 from lcm.options.checks import optimizer_name
 from lcm.options.choices import OPTIMIZERS
 from lcm.options.plan import Plan
@@ -14,24 +15,38 @@ from lcm.options.types import Options
 
 logger = logging.getLogger(__name__)
 
-LION_BETA2 = 0.99  # the authors' (arXiv 2302.06675), and bitsandbytes' default
+# Smaller changes of a number in bfloat16 may be less than half of its spacing.
+BFLOAT16_BETA2 = 1 - 2**-8
+# What the options decide in a group of parameters, as torch, bitsandbytes and optimi call it. The rest is state.
+SETTINGS = ("lr", "initial_lr", "weight_decay", "betas", "beta1", "beta2", "eps")
 
 
 def make_optimizer(args: Options, plan: Plan, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of `--optimizer`. Logs the effective learning rate."""
+    """The optimizer of `--optimizer`, for parameters that it casts to the dtype that it trains. Logs the effective
+    learning rate. Raises UserError for 16-bit weights without autocast in bfloat16.
+    """
+    kind = OPTIMIZERS[optimizer_name(args)]
+    if kind.weights != "float32":
+        if plan.mixed_precision != "bf16":
+            raise UserError(
+                f"--optimizer: {args.optimizer} given, but the mixed precision is {plan.mixed_precision}; allowed: "
+                "--mixed_precision bf16"
+            )
+        if args.adam_beta2 > BFLOAT16_BETA2:
+            logger.warning("--adam_beta2: %g is rounded to 1 in bfloat16; at most %g moves the second moment",
+                           args.adam_beta2, BFLOAT16_BETA2)  # fmt: skip
+        for parameter in parameters:
+            parameter.data = parameter.data.to(getattr(torch, kind.weights))
     rate = args.learning_rate
     if args.scale_lr:
         rate *= plan.samples_per_step
-    name = optimizer_name(args)
-    module, class_name, own, more = OPTIMIZERS[name]
-    settings: dict[str, Any] = {"lr": rate, "weight_decay": args.adam_weight_decay, **more}
-    if "adam_beta1" in own:
-        is_lion = name.startswith("lion") and "adam_beta2" in args.left_at_default
-        settings["betas"] = (args.adam_beta1, LION_BETA2 if is_lion else args.adam_beta2)
-    if "adam_epsilon" in own:
+    settings: dict[str, Any] = {"lr": rate, "weight_decay": args.adam_weight_decay, **kind.settings}
+    if "adam_beta1" in kind.options:
+        settings["betas"] = (args.adam_beta1, args.adam_beta2)
+    if "adam_epsilon" in kind.options:
         settings["eps"] = args.adam_epsilon
-    logger.info("Optimizer: %s, learning rate %g, %s", class_name, rate, args.lr_scheduler)
-    return getattr(importlib.import_module(module), class_name)(parameters, **settings)
+    logger.info("Optimizer: %s, learning rate %g, %s", kind.name, rate, args.lr_scheduler)
+    return getattr(importlib.import_module(kind.module), kind.name)(parameters, **settings)
 
 
 def make_lr_scheduler(

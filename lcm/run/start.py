@@ -24,7 +24,8 @@ from accelerate.utils import (
 from lcm.data.packing import shards_of_pictures
 from lcm.data.shards import expand_shards, find_cache
 from lcm.errors import UserError, first_line
-from lcm.options.choices import PRECISIONS
+from lcm.options.checks import optimizer_name
+from lcm.options.choices import OPTIMIZERS, PRECISIONS
 from lcm.options.plan import Plan, make_plan
 from lcm.options.types import Options
 from lcm.run.resume import check_resume, stored_seed
@@ -110,6 +111,8 @@ def check_accelerator(accelerator: Accelerator, args: Options, can_shard: bool) 
         )
     if is_fsdp2 and args.base_model_precision != "no_change":
         raise UserError("--base_model_precision: bitsandbytes' layers cannot be sharded; allowed: no_change with FSDP")
+    if is_fsdp2 and OPTIMIZERS[optimizer_name(args)].weights != "float32":
+        raise UserError(f"--optimizer: {args.optimizer} given, but FSDP trains float32 weights; allowed: another one")
     if is_fsdp2 and args.offload_ema:
         raise UserError("--offload_ema: FSDP splits the moving average already; allowed: one of the two")
     precision, passes = accelerator.mixed_precision, accelerator.gradient_accumulation_steps

@@ -17,6 +17,7 @@ from PIL import Image
 import lcm_common
 from lcm.data.pictures import open_picture
 from lcm.options import choices, groups, types
+from lcm.options.checks import OWN_DEFAULTS
 
 
 def allowed_by(function, *args):
@@ -56,14 +57,15 @@ def test_prediction_types():
 
 
 def test_optimizers():
-    for module, name, own, more in choices.OPTIMIZERS.values():
-        kind = getattr(importlib.import_module(module), name)
-        assert issubclass(kind, torch.optim.Optimizer) and set(own) <= set(choices.ADAM)
+    for optimizer in choices.OPTIMIZERS.values():
+        kind = getattr(importlib.import_module(optimizer.module), optimizer.name)
+        assert issubclass(kind, torch.optim.Optimizer) and set(optimizer.options) <= set(choices.ADAM)
+        assert set(optimizer.defaults) <= {*optimizer.options, "learning_rate"} & set(OWN_DEFAULTS)
         takes = inspect.signature(kind).parameters
-        assert {"lr", "weight_decay", *more} <= takes.keys()
-        assert ("betas" in takes, "eps" in takes and name != "Adafactor") == (
-            "adam_beta1" in own,
-            "adam_epsilon" in own,
+        assert {"lr", "weight_decay", *optimizer.settings} <= takes.keys()
+        assert ("betas" in takes, "eps" in takes and kind is not torch.optim.Adafactor) == (
+            "adam_beta1" in optimizer.options,
+            "adam_epsilon" in optimizer.options,
         )
 
 

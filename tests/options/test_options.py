@@ -160,7 +160,9 @@ CHOICES = {
     ],
     "resolution_type": ["area", "pixel"],
     "base_model_precision": ["no_change", "int8", "nf4"],
-    "optimizer": ["adamw", "adamw8bit", "paged_adamw8bit", "lion", "lion8bit", "adafactor"],
+    "optimizer": [
+        "adamw", "adamw_bf16", "adamw8bit", "paged_adamw8bit", "lion", "lion8bit", "adafactor", "prodigy",
+    ],
     "target": ["lcm", "phased", "trajectory"],
     "loss_type": ["l2", "huber"],
     "mixed_precision": ["no", "fp16", "bf16"],

@@ -24,8 +24,8 @@ CONFIG = {
     "validation_prompt":
         ["A portrait of a woman with flowers in her hair, highly detailed, professional photography"],
     "validation_negative_prompt": "blurry, low quality, distorted, amateur", "checkpoint_step_interval": 500,
-    "checkpoints_total_limit": 5, "resume_from_checkpoint": "latest", "optimizer": "adamw", "adam_beta1": 0.9,
-    "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "seed": 42,
+    "checkpoints_total_limit": 5, "resume_from_checkpoint": "latest", "optimizer": "adamw_bf16", "adam_beta1": 0.9,
+    "adam_beta2": 0.99, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "seed": 42,
     "push_to_hub": True, "hub_model_id": "your-username/sdxl-lcm-distilled", "report_to": "wandb",
     "tracker_project_name": "sdxl-lcm-distillation", "tracker_run_name": "sdxl-lcm-4step",
     "base_model_precision": "no_change", "text_encoder_1_precision": None, "text_encoder_2_precision": None,

@@ -17,6 +17,7 @@ from PIL import Image
 import evaluate_lcm
 
 DEMO = ROOT / "demo"
+PICTURES = 16
 
 
 def run_demo(script, *options):
@@ -31,7 +32,7 @@ def run_demo(script, *options):
 def finished(tmp_path_factory):
     """The output folder of the README's first command, with next to no training and few pictures."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    printed = run_demo("run.py", "--output_dir", folder, "--max_train_steps", 3, "--num_images", 40)
+    printed = run_demo("run.py", "--output_dir", folder, "--max_train_steps", 3, "--num_images", PICTURES)
     return folder, printed
 
 
@@ -48,7 +49,7 @@ def test_first_command_prints_the_table_that_it_writes(finished):
 
 
 def test_teacher_meets_its_bar(finished):
-    """At 50 DDIM steps and guidance 3 at least 92 % of 40 pictures are right; at one step hardly any is."""
+    """At 50 DDIM steps and guidance 3 at least 92 % of the pictures are right; at one step hardly any is."""
     row, *others = json.loads((finished[0] / "rows.json").read_text())
     assert (row["network"], row["sampler"], row["steps"], row["guidance"]) == ("teacher", "ddim", 50, 3.0)
     assert row["all right"] >= 0.92
@@ -76,7 +77,7 @@ def test_lora_joins_the_table_of_what_is_in_the_folder(finished, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(finished[0], folder)
     before = json.loads((folder / "rows.json").read_text())
-    printed = run_demo("run.py", "--lora", "--output_dir", folder, "--max_train_steps", 3, "--num_images", 40)
+    printed = run_demo("run.py", "--lora", "--output_dir", folder, "--max_train_steps", 3, "--num_images", PICTURES)
     assert "train_lcm_distill_lora_sd_wds.py" in printed
     rows = json.loads((folder / "rows.json").read_text())
     assert [(row["steps"], row["guidance"]) for row in rows if row["network"] == "LoRA"] == [

@@ -8,6 +8,7 @@ once. `@covers` names the options that a test observes, and the scripts that it 
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
 import importlib.util
@@ -46,6 +47,7 @@ from lcm import session
 from lcm.data import loader, stream
 from lcm.data.shards import read_shard
 from lcm.models import family, prompts
+from lcm.options import choices
 from lcm.pictures import validation
 from lcm.run import progress
 
@@ -1045,6 +1047,8 @@ def test_quantized_base(run):
 
 
 OPTIMIZERS = {
+    "adamw_bf16": ("AdamW", (0.9, 0.99), {"exp_avg", "exp_avg_sq", "kahan_comp"}),
+    "prodigy": ("Prodigy", (0.9, 0.999), {"exp_avg", "exp_avg_sq", "s", "p0"}),
     "adamw8bit": ("AdamW8bit", (0.9, 0.999), {"state1", "state2"}),
     "paged_adamw8bit": ("PagedAdamW8bit", (0.9, 0.999), {"state1", "state2"}),
     "lion": ("Lion", (0.9, 0.99), {"state1"}),
@@ -1058,13 +1062,16 @@ OPTIMIZERS = {
 def test_optimizers(run, tmp_path, name):
     """Each trains, with its own settings and states, and goes on exactly."""
     class_name, betas, states = OPTIMIZERS[name]
-    if name != "adafactor":
-        pytest.importorskip("bitsandbytes")
+    pytest.importorskip(choices.OPTIMIZERS[name].module)
     more = (f"--optimizer={name}", "--adam_weight_decay=0.03", "--checkpointing_steps=1", "--learning_rate=1e-3")
+    if name == "prodigy":
+        more, run = more[:-1], functools.partial(run, drop=("learning_rate",))
+    if name == "adamw_bf16":
+        more += ("--mixed_precision=bf16",)
     straight = run(*more)
     assert straight.optimizer.__name__ == class_name and f"Optimizer: {class_name}," in straight.log
-    assert (straight.settings["lr"], straight.settings["weight_decay"]) == (1e-3, 0.03)
-    assert straight.settings.get("betas") == betas
+    assert (straight.settings["lr"], straight.settings["weight_decay"]) == (1 if name == "prodigy" else 1e-3, 0.03)
+    assert straight.settings.get("betas", (straight.settings.get("beta1"), straight.settings.get("beta2"))) == betas
     saved = torch.load(straight.folder / "checkpoint-1" / "optimizer.bin")["state"]
     saved = [state.get("__bnb_optimizer_quant_state__", {}) | state for state in saved.values()]
     found = {key for state in saved for key in state if not key.startswith(("qmap", "absmax", "__"))}
@@ -1072,9 +1079,26 @@ def test_optimizers(run, tmp_path, name):
     assert not same(straight, run(*more[1:]))
     assert same(straight, run(*more, f"--resume_from_checkpoint={straight.folder / 'checkpoint-1'}", folder=tmp_path))
     if name == "lion":
-        assert run(*more, "--adam_beta2=0.95").settings["betas"] == (0.9, 0.95)
+        assert run(*more, "--adam_beta2=0.999").settings["betas"] == (
+            0.9,
+            0.999,
+        )  # given, though it is AdamW's default
     if name == "adamw8bit":
         assert same(straight, run("--use_8bit_adam", *more[1:]))
+
+
+@covers("optimizer", by=ALL)
+def test_weights_in_bfloat16(run):
+    """They and the states are in bfloat16; a moving average, and the files of a LoRA, in float32."""
+    more = ("--mixed_precision=bf16", "--checkpointing_steps=1", "--learning_rate=1e-3", "--adam_beta2=0.99")
+    done = run(*more, "--optimizer=adamw_bf16")
+    saved = torch.load(done.folder / "checkpoint-2" / "optimizer.bin")["state"]
+    assert {value.dtype for state in saved.values() for value in state.values()} == {torch.bfloat16}
+    for name in done.networks:
+        weights = done.weights(name)
+        assert {value.dtype for value in weights.values()} == {torch.bfloat16 if name == "unet" else torch.float32}
+        assert all(value.isfinite().all() for value in weights.values())
+    assert not same(done, run(*more, "--optimizer=adamw_bf16", "--learning_rate=0"))
 
 
 @covers("optimizer", by=ALL)
