@@ -284,14 +284,14 @@ def update_ema(target: dict[str, Tensor], source: dict[str, Tensor], decay: floa
     if target.keys() != source.keys():
         odd = sorted(target.keys() ^ source.keys())
         raise ValueError(f"the EMA and its source differ in {len(odd)} parameters, among them {odd[0]}")
-    targets = {name: t for name, t in target.items() if t.device == source[name].device}
-    if targets:
-        sources = [source[name].to(t.dtype) for name, t in targets.items()]
-        torch._foreach_lerp_(list(targets.values()), sources, 1 - decay)
-    for name in target.keys() - targets.keys():
+    alike = [name for name, t in target.items() if (t.device, t.dtype) == (source[name].device, source[name].dtype)]
+    if alike:
+        torch._foreach_lerp_([target[name] for name in alike], [source[name] for name in alike], 1 - decay)
+    for name in target.keys() - set(alike):  # one after the other: no second copy of all
         average = target[name].to(source[name].device, non_blocking=True)
         average.lerp_(source[name].to(average.dtype), 1 - decay)
-        target[name].copy_(average, non_blocking=True)
+        if average is not target[name]:
+            target[name].copy_(average, non_blocking=True)
 
 
 @torch.no_grad()
