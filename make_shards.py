@@ -23,7 +23,7 @@ from lcm.secrets import public_options
 # Options that may differ when a folder is completed: they do not change what is drawn.
 MAY_CHANGE = {"config", "output_dir", "batch_size", "cache_dir"}
 SOURCES = ("train_data_dir", "dataset_name", "prompts")
-PICTURES = ("train_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column",
+PICTURES = ("train_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column", "streaming",
             "max_shorter_side")  # fmt: skip
 
 
@@ -78,6 +78,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     add = parser.add_argument_group("shards").add_argument
     add("--output_dir", type=text, required=True, metavar="FOLDER", help="Where the shards are written.")
     add(
+        "--streaming",
+        action="store_true",
+        help="Read a data set while the shards are written, instead of downloading and storing all of it first.",
+    )
+    add(
         "--shard_size",
         type=integer(1, 100_000),
         default=1000,
@@ -110,6 +115,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
         is_used = name in given or (name == "cache_dir" and args.dataset_name is not None)
         if not is_used and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name}: given, but it has no effect with --{given[0]}")
+    if args.streaming and args.dataset_name is None:
+        parser.error(f"--streaming: given, but it has no effect with --{given[0]}")
     if args.prompts:
         if args.pretrained_teacher_model is None:
             parser.error("--pretrained_teacher_model: required with --prompts, but not given")

@@ -5,9 +5,10 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 from accelerate import PartialState
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 
 from lcm.data.pictures import Size, Unusable, open_picture
 from lcm.data.shards import Problem, Sample
-from lcm.data.sources import DataSet, PictureFolder, Source
+from lcm.data.sources import DataSet, PictureFolder, Raw, Source, Stream
 from lcm.data.tally import Tally
 from lcm.data.writer import (
     brace_range,
@@ -55,12 +56,13 @@ def open_source(args: Options) -> Source:
     if args.train_data_dir is not None:
         return PictureFolder(args.train_data_dir, args.caption_column)
     columns = args.image_column, args.caption_column
-    return DataSet(args.dataset_name, args.dataset_config_name, *columns, args.cache_dir)
+    kind = Stream if getattr(args, "streaming", False) else DataSet  # an option of make_shards.py alone
+    return kind(args.dataset_name, args.dataset_config_name, *columns, args.cache_dir)
 
 
-def make_sample(source: Source, number: int, packing: Packing) -> tuple[Sample, Size]:
+def make_sample(number: int, read: Callable[[], Raw], packing: Packing) -> tuple[Sample, Size]:
     """The members of one sample, and the size of its picture, as it is or made smaller. Raises Unusable."""
-    raw, most = source.read(number), packing.max_shorter_side
+    raw, most = read(), packing.max_shorter_side
 
     def reduced(size: Size) -> Size:
         if most is None or min(size) <= most:
@@ -84,16 +86,18 @@ def make_shard(source: Source, numbers: range, packing: Packing, path: str, prog
     """Write the pictures with these numbers to a shard; and beside it counts, and what is wrong with the others."""
     tally, sizes, problems = Tally(), Counter[str](), list[str]()
 
-    def sample_or_problem(number: int) -> tuple[Sample, Size] | Problem:
+    def sample_or_problem(number: int, read: Callable[[], Raw]) -> tuple[Sample, Size] | Problem:
         try:
-            return make_sample(source, number, packing)
+            return make_sample(number, read, packing)
         except Unusable as error:
             return Problem(*error.args)
 
     def samples() -> Iterator[Sample]:
+        readers = source.readers(numbers)
         with ThreadPoolExecutor(THREADS) as pool:
             for first in range(numbers.start, numbers.stop, AHEAD):
-                for made in pool.map(sample_or_problem, range(first, min(first + AHEAD, numbers.stop))):
+                block = list(islice(readers, AHEAD))
+                for made in pool.map(sample_or_problem, range(first, first + AHEAD), block):
                     progress.update()
                     if isinstance(made, Problem):
                         tally.skip(made)

@@ -6,8 +6,10 @@ import json
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from lcm.data.pictures import Unusable
@@ -42,6 +44,10 @@ class Source(ABC):
     @abstractmethod
     def read(self, number: int) -> Raw:
         """One picture. Raises Unusable."""
+
+    def readers(self, numbers: range) -> Iterator[Callable[[], Raw]]:
+        """For each of these pictures a function that reads it, or raises Unusable. Any thread may call it."""
+        return (partial(self.read, number) for number in numbers)
 
 
 def caption_list(value: Any, column: str) -> list[str]:
@@ -180,32 +186,46 @@ class DataSet(Source):
         self.caption_column, self.image_column = caption_column, image_column
         datasets.disable_progress_bars()
         try:
-            if any(map(os.path.isfile, saved_files(name))):
-                table = datasets.load_from_disk(name)
-            else:
-                # The library's cache may take one folder for another of the same name: a local one gets its own.
-                self.own_cache = tempfile.TemporaryDirectory() if os.path.isdir(name) else None
-                cache_dir = self.own_cache.name if self.own_cache else cache_dir
-                table = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+            table = self.load(datasets, name, config_name, cache_dir)
             if isinstance(table, dict):
                 table = table["train"] if "train" in table else table[next(iter(table))]
+            columns = table.column_names or list(next(iter(table)))  # a stream may not know them
         except Exception as error:  # it raises nearly anything
             raise UserError(f"--dataset_name: cannot load {name!r}: {first_line(error)}") from error
         for option, column in (("image_column", image_column), ("caption_column", caption_column)):
-            if column not in table.column_names:
-                found = ", ".join(table.column_names)
-                raise UserError(f"--{option}: {column!r} given, but the data set has none; allowed: {found}")
+            if column not in columns:
+                raise UserError(
+                    f"--{option}: {column!r} given, but the data set has none; allowed: {', '.join(columns)}"
+                )
         try:
             self.table = table.cast_column(image_column, datasets.Image(decode=False))
+            next(iter(self.table), None)  # a stream is cast while it is read
         except Exception as error:
             raise UserError(f"--image_column: {image_column!r} has no pictures: {first_line(error)}") from error
+        self.size = self.count()
         self.options = {"dataset_name": f"{name}, {config_name or 'default'}, {len(self)} rows"}
 
-    def __len__(self) -> int:
+    def load(self, datasets: Any, name: str, config_name: str | None, cache_dir: str | None) -> Any:
+        """The data set as the library gives it."""
+        if any(map(os.path.isfile, saved_files(name))):
+            return datasets.load_from_disk(name)
+        # The library's cache may take one folder for another of the same name: a local one gets its own.
+        self.own_cache = tempfile.TemporaryDirectory() if os.path.isdir(name) else None
+        cache_dir = self.own_cache.name if self.own_cache else cache_dir
+        return datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+
+    def count(self) -> int:
+        """How many rows there are."""
         return len(self.table)
 
+    def __len__(self) -> int:
+        return self.size
+
     def read(self, number: int) -> Raw:
-        row = self.table[number]
+        return self.raw(self.table[number], number)
+
+    def raw(self, row: dict[str, Any], number: int) -> Raw:
+        """The picture of a row. Raises Unusable."""
         picture, captions = row.pop(self.image_column), row.pop(self.caption_column)
         name = str(number)
         if picture is None:
@@ -219,6 +239,38 @@ class DataSet(Source):
             raise Unusable("picture is missing or unreadable", f"row {name}: {first_line(error)}") from None
         captions = caption_list(captions, self.caption_column)
         return Raw(name, data, captions, {key: value for key, value in row.items() if is_plain(value)})
+
+
+class Stream(DataSet):
+    """A data set that is read while its shards are written, and never stored as a whole.
+
+    Its rows are counted first, in a pass without pictures, if it does not say how many it has. A process that begins
+    in the middle passes over what is before. Raises UserError if the stream breaks.
+    """
+
+    def load(self, datasets: Any, name: str, config_name: str | None, cache_dir: str | None) -> Any:
+        if any(map(os.path.isfile, saved_files(name))):
+            raise ValueError("what save_to_disk wrote is on the disk already; allowed: without --streaming")
+        return datasets.load_dataset(name, config_name, cache_dir=cache_dir, streaming=True)
+
+    def count(self) -> int:
+        splits = self.table.info.splits or {}
+        if self.table.split in splits and splits[self.table.split].num_examples:
+            return int(splits[self.table.split].num_examples)
+        return sum(1 for _ in self.unbroken(self.table.select_columns([self.caption_column])))
+
+    def unbroken(self, table: Any) -> Iterator[dict[str, Any]]:
+        """The rows. Raises UserError for whatever the library raises."""
+        try:
+            yield from table
+        except Exception as error:
+            raise UserError(f"--dataset_name: the stream broke: {first_line(error)}") from error
+
+    def readers(self, numbers: range) -> Iterator[Callable[[], Raw]]:
+        rows = self.unbroken(self.table.skip(numbers.start))
+        return (
+            partial(self.raw, row, number) for number, row in zip(numbers, islice(rows, len(numbers)), strict=False)
+        )
 
 
 def saved_files(folder: str) -> list[str]:

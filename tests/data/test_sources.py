@@ -17,7 +17,7 @@ from conftest import SCRIPTS, Script, encode_image, forked, launch_two, read_tar
 from PIL import Image
 
 import make_shards
-from lcm.data import packing, writer
+from lcm.data import packing, sources, writer
 from lcm.data.pictures import open_picture
 
 SIZES = [(24, 24), (36, 24), (24, 40), (64, 48)]  # width, height
@@ -198,7 +198,7 @@ def test_two_processes_share_the_shards(folder, tmp_path):
     assert read_tars(tmp_path / "two") == read_tars(tmp_path / "one")
 
 
-@pytest.mark.parametrize("kind", ["parquet", "saved"])
+@pytest.mark.parametrize("kind", ["parquet", "streamed", "saved"])
 def test_a_data_set(folder, tmp_path, kind):
     """Of the library `datasets`: the pictures stay as they were encoded; the first split if there is no `train`."""
     datasets = pytest.importorskip("datasets")
@@ -206,15 +206,38 @@ def test_a_data_set(folder, tmp_path, kind):
     columns = {"image": paths, "caption": [["a", "b"], *map(str, paths[1:])], "n": list(range(len(paths)))}
     columns["caption"] = [["a", "b"]] + [[path] for path in paths[1:]]
     table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-    if kind == "parquet":
+    if kind != "saved":
         (tmp_path / "set").mkdir()
         table.to_parquet(str(tmp_path / "set" / "all.parquet"))
     else:
         datasets.DatasetDict({"test": table}).save_to_disk(str(tmp_path / "set"))
-    found = made(tmp_path / "shards", f"--dataset_name={tmp_path / 'set'}", "--caption_column=caption")
+    options = [f"--dataset_name={tmp_path / 'set'}", "--caption_column=caption", "--shard_size=3"]
+    found = made(tmp_path / "shards", *options, *["--streaming"] * (kind == "streamed"))
     for path, ((data, _), _, about) in zip(paths, found.values(), strict=True):
         assert Path(path).read_bytes() == data
         assert (about["caption"], about["n"]) == (["a", "b"] if about["n"] == 0 else path, paths.index(path))
+
+
+def test_a_stream_that_breaks(folder, tmp_path, monkeypatch, capsys):
+    """It is one line; the same command again makes what is missing, with or without a stream."""
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    parts, paths = [tmp_path / "set" / f"{part}.parquet" for part in "ab"], sorted(map(str, folder.glob("?.*g")))
+    for i, path in enumerate(parts):
+        table = datasets.Dataset.from_dict({"image": [paths[i], paths[i]], "text": ["a", "b"]})
+        table.cast_column("image", datasets.Image()).to_parquet(str(path))
+    whole = parts[1].read_bytes()
+    parts[1].write_bytes(whole[: len(whole) // 2])
+    monkeypatch.setattr(sources.Stream, "count", lambda self: 4)  # as a data set on the Hub says
+    options = [f"--dataset_name={tmp_path / 'set'}", "--shard_size=2"]
+    with pytest.raises(SystemExit):
+        made(tmp_path / "shards", *options, "--streaming")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("--dataset_name: the stream broke: ")
+    assert [path.name for path in (tmp_path / "shards").glob("*.tar")] == ["00000.tar"]
+    monkeypatch.undo()
+    parts[1].write_bytes(whole)
+    assert len(made(tmp_path / "shards", *options, "--streaming")) == 4
+    assert made(tmp_path / "again", *options) == made(tmp_path / "shards", *options)
 
 
 def test_data_sets_of_one_name_are_not_mixed_up(tmp_path):
@@ -260,6 +283,8 @@ def test_shapes_are_suggested(tmp_path, capsys):
     (["--train_data_dir=nameless"], "--train_data_dir: 'nameless/metadata.jsonl': row 1 has no file_name"),
     (["--dataset_name=empty"], "--dataset_name: cannot load 'empty'"),
     (["--dataset_name=set"], "--caption_column: 'text' given, but the data set has none; allowed: image, prompt"),
+    (["--dataset_name=set", "--streaming"], "--dataset_name: cannot load 'set': what save_to_disk wrote is on"),
+    (["--train_data_dir=in", "--streaming"], "--streaming: given, but it has no effect with --train_data_dir"),
     (["--dataset_name=set", "--image_column=x"], "--image_column: 'x' given, but the data set has none"),
     (["--dataset_name=set", "--image_column=prompt", "--caption_column=prompt"], "--image_column: 'prompt' has no"),
 ])  # fmt: skip
