@@ -121,6 +121,26 @@ def test_8_bit_states(runs, name):
     assert 0 < states < 2 * trained
 
 
+def test_weights_in_bfloat16(teacher, shards, tmp_path):
+    """So are their three states, while the moving average is in float32; tensors begin at multiples of 512 bytes. The
+    average is kept up without a copy of all weights, checkpoints are made on the host, and nothing more waits."""
+    script = Script("sd", teacher, shards, SCRIPTS["sd"])
+    more = ["--mixed_precision=bf16", "--gradient_checkpointing", "--optimizer=adamw_bf16"]
+    record = simulated(script, tmp_path, *more)
+    states, trained = states_and_trained(record)
+    assert states == pytest.approx(3 * trained, rel=0.01)
+    at_peak = record["steps"][-1]["at_peak"]
+    assert trained < 0.7 * at_peak["weights of the target"]
+    assert [step["waits"] for step in record["steps"]] == [[the_one_wait()]] * 2
+    given, _ = found_dtypes(record)
+    assert given == expected_dtypes(script, "bfloat16")
+    for phase in ("target", "student", "backward"):
+        assert record["steps"][-1]["flops"][phase].keys() == {"bfloat16"}, phase
+    peaks = record["steps"][-1]["phase_peaks"]
+    assert peaks["loop"] - min(peaks.values()) < trained
+    assert 0 < copies_on_device(record, "checkpoints") < 0.25
+
+
 @every_run
 def test_checkpoints_and_results_are_made_on_the_host(runs, name, precision):
     """What the device holds beside weights and states is the last batch."""
