@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS := 3  # of pytest; on two cores one of them often waits
 
 # Every script end to end, its files in diffusers, resuming, uploads, data, evaluation.
 OLDEST_TESTS := \
@@ -28,10 +29,10 @@ demo-lora: .venv/installed
 	$(BIN)/python demo/run.py --lora $(ARGS)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile $(OLDEST_TESTS) $(ARGS)
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile $(OLDEST_TESTS) $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
