@@ -13,7 +13,9 @@ from conftest import ROOT, SCRIPTS
 README = (ROOT / "README.md").read_text()
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
 DOCUMENTS = sorted(
-    str(path.relative_to(ROOT)) for folder in (".", "docs", "demo") for path in (ROOT / folder).glob("*.md")
+    str(path.relative_to(ROOT))
+    for folder in (".", "docs", "demo", "demo/sprites")
+    for path in (ROOT / folder).glob("*.md")
 )
 # Options of other programs that the documents name: pip, torchrun, SLURM, ruff, pre-commit.
 OTHERS = {"--nproc_per_node", "--nnodes", "--signal", "--requeue", "--all-files"}
