@@ -1,6 +1,6 @@
 # make demo: distil the built-in teacher and compare.  make demo-lora: the same with a LoRA.  make test: run the tests.
 # All make a virtual environment in .venv first; PYTHON=python3.12 picks another interpreter.
-# make lint: ruff, codespell and mypy.
+# make lint: ruff, codespell and mypy.  make docs: the documents as a site with search, in site/.
 # make test-oldest: a part of the tests with the oldest versions that requirements.txt allows, in .venv-oldest.
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ OLDEST_TESTS := \
 	tests/evaluation/test_evaluate.py::test_pictures_are_those_of_the_readmes_code \
 	tests/evaluation/test_evaluate.py::test_clip
 
-.PHONY: demo demo-lora test test-oldest lint
+.PHONY: demo demo-lora test test-oldest lint docs
 
 demo: .venv/installed
 	$(BIN)/python demo/run.py $(ARGS)
@@ -39,6 +39,10 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
+
+docs: .venv/installed
+	$(BIN)/sphinx-build -q -W --keep-going -c docs -d site/.doctrees . site
+	@echo "Open site/index.html"
 
 .venv/installed: constraints.txt
 .venv-oldest/installed: constraints-oldest.txt

@@ -204,6 +204,7 @@ def evaluate(args: Namespace) -> None:
         "reference": measures.reference_name,
         "rows": [row for row, _ in rows],
     }
+    results["table"] = as_markdown(results)  # for model cards
     try:
         write(args.output_dir, results, [pictures for _, pictures in rows], [prompts[i] for i in shown])
     except OSError as error:

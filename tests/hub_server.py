@@ -31,6 +31,50 @@ CLIENT_VARIABLES = ("HF_", "HUGGING", "TRANSFORMERS_OFFLINE")
 YAML_LINE = re.compile(r"\s*|\s*#.*| .*|-( .*)?|[^\s:][^:]*:( .*)?")
 
 
+def card_errors(block):
+    """What the Hub would say of a card's metadata, by its documents on model cards and widgets, and by modelcard.md of
+    hub-docs (read 2026-11-29)."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(block) or {}
+    except yaml.YAMLError as error:
+        return [str(error).replace("\n", " ")]
+    name = r"[\w.-]+(/[\w.-]+)?"
+    bases = data.get("base_model", [])
+    widget, index = data.get("widget", []), data.get("model-index", [])
+    rules = {
+        "license": re.fullmatch(r"[a-z0-9.-]+", data.get("license", "other")),
+        "license_name": data.get("license") == "other" or "license_name" not in data,
+        "base_model": all(re.fullmatch(name, base) for base in ([bases] if isinstance(bases, str) else bases)),
+        "base_model_relation": data.get("base_model_relation", "finetune")
+        in ("adapter", "finetune", "merge", "quantized"),
+        "tags": all(isinstance(tag, str) for tag in data.get("tags", [])),
+        "pipeline_tag": data.get("pipeline_tag", "text-to-image") == "text-to-image",  # the only one here
+        "library_name": isinstance(data.get("library_name", ""), str),
+        "widget": all(
+            isinstance(example.get("text"), str)
+            and isinstance(example.get("output", {}), dict)
+            and all(isinstance(value, str) for value in example.get("output", {}).values())
+            for example in widget
+        ),
+        "inference": isinstance(data.get("inference", True), bool)
+        or isinstance(data["inference"].get("parameters"), dict),
+        "model-index": all(
+            isinstance(model.get("name"), str)
+            and all(
+                isinstance(result.get("task", {}).get("type"), str)
+                and all(isinstance(result.get("dataset", {}).get(key), str) for key in ("type", "name"))
+                and result.get("metrics")
+                and all(isinstance(row.get("type"), str) and "value" in row for row in result["metrics"])
+                for result in model.get("results", [{}])
+            )
+            for model in index
+        ),
+    }
+    return [f"{key}: not valid" for key, is_valid in rules.items() if not is_valid]
+
+
 class HubError(Exception):
     """An answer other than success. From `code`, sent as `X-Error-Code`, the client picks the exception to raise."""
 
@@ -196,14 +240,16 @@ class HubServer:
         return {"url": url, "name": repo_id}
 
     def _validate_yaml(self, call):
-        """Check a model card's metadata block: there, closed, and at the top level `key: value` lines or a list."""
+        """Check a model card's metadata block: there, closed, at the top level `key: value` lines or a list, with
+        values of the kinds that the Hub's documents name."""
         lines = json.loads(call.body)["content"].splitlines()
         if lines[:1] != ["---"]:
             return {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
         if "---" not in lines[1:]:
             bad = ["the metadata block is not closed by '---'"]
         else:
-            bad = [line for line in lines[1 : lines.index("---", 1)] if not YAML_LINE.fullmatch(line)]
+            block = lines[1 : lines.index("---", 1)]
+            bad = [line for line in block if not YAML_LINE.fullmatch(line)] or card_errors("\n".join(block))
         if bad:
             raise HubError(400, "Invalid YAML", errors=[{"message": message} for message in bad], warnings=[])
         return {"errors": [], "warnings": []}

@@ -3,7 +3,8 @@
 import subprocess
 import sys
 
-from hub_server import HubServer, client_env
+import pytest
+from hub_server import HubServer, card_errors, client_env
 
 UPLOAD_AND_LOAD = """
 import sys
@@ -149,3 +150,21 @@ def test_errors_and_retries(tmp_path):
         steps = [path.split("/")[-2] for method, path in server.requests[before:]]
         assert steps == ["preupload", "preupload", "objects", "upload", "upload", "commit"]
         assert server.files("tester/open")["b.safetensors"] == b"more"
+
+
+@pytest.mark.parametrize(("metadata", "error"), [
+    ("license: Apache 2", "license"),
+    ("license_name: mine", "license_name"),
+    ("base_model: a folder/of/mine", "base_model"),
+    ("base_model_relation: lora", "base_model_relation"),
+    ("tags:\n- 1", "tags"),
+    ("pipeline_tag: pictures", "pipeline_tag"),
+    ("widget:\n- output:\n    url: a.png", "widget"),
+    ("widget:\n- text: a\n  output: a.png", "widget"),
+    ("inference:\n  num_inference_steps: 4", "inference"),
+    ("model-index:\n- name: a\n  results:\n  - task:\n      type: text-to-image", "model-index"),
+    ("tags: [", "while parsing"),
+])  # fmt: skip
+def test_metadata_that_the_hub_refuses(metadata, error):
+    assert any(message.startswith(error) for message in card_errors(metadata))
+    assert card_errors("license: mit\nbase_model: some/teacher\ntags:\n- lora\nwidget:\n- text: a") == []

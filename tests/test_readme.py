@@ -3,7 +3,9 @@
 import argparse
 import importlib
 import re
+import runpy
 import shlex
+import sys
 
 import pytest
 from conftest import ROOT, SCRIPTS
@@ -11,7 +13,9 @@ from conftest import ROOT, SCRIPTS
 README = (ROOT / "README.md").read_text()
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
 DOCUMENTS = sorted(
-    str(path.relative_to(ROOT)) for folder in (".", "docs", "demo") for path in (ROOT / folder).glob("*.md")
+    str(path.relative_to(ROOT))
+    for folder in (".", "docs", "demo", "demo/sprites")
+    for path in (ROOT / folder).glob("*.md")
 )
 # Options of other programs that the documents name: pip, torchrun, SLURM, ruff, pre-commit.
 OTHERS = {"--nproc_per_node", "--nnodes", "--signal", "--requeue", "--all-files"}
@@ -37,6 +41,74 @@ def test_docstrings_commands_are_understood():
         module = importlib.import_module(f"train_lcm_distill_{name}_wds")
         (options,) = re.findall(rf"^accelerate launch {module.__name__}\.py ((?:.*\\\n)*.*)$", module.__doc__, re.M)
         assert module.parse_args(shlex.split(options.replace("\\\n", " "))).pretrained_teacher_model
+
+
+def documented_commands():
+    """{(script, its options as words): document} of each command with Python in a block of a document, and within its
+    sentences if it stands there with an option."""
+    found = {}
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text()
+        blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ")
+        sentences = re.findall(r"`([^`]*)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+        lines = blocks.splitlines() + [" ".join(code.split()) for code in sentences]
+        for line in lines:
+            command = re.match(r"(?:for .*do )?(?:\w+=\S+ )?(?:srun )?(?:python|accelerate launch|torchrun .*?)"
+                               r" ((?:demo/|benchmarks/|tests/)?\w+\.py)\b([^;]*)", line)  # fmt: skip
+            if command:
+                words = shlex.split(command[2].replace(" ...", ""), comments=True)
+                found[command[1], tuple(words)] = document
+    return found
+
+
+PLACEHOLDERS = {"GB": "24"}  # words for a number
+OF_DEMO = re.compile(r"(demo|benchmarks)/\w+\.py")
+
+
+@pytest.fixture
+def a_users_folder(tmp_path, monkeypatch):
+    """A working directory with the files that the documents' commands name."""
+    for folder in ("pictures", "path/to/pictures", "path/to/model", "cached", "shards"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "prompts.txt").write_text("a lighthouse\n")
+    for name in ("demo", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+
+
+class Parsed(BaseException):
+    """Raised when a script has parsed its options, with those that it did not know."""
+
+
+@pytest.mark.parametrize(("script", "words"), documented_commands())
+def test_every_command_is_understood(script, words, a_users_folder, monkeypatch):
+    """By the script's own parser and checks. In scripts of the demo and of the benchmarks nothing runs after that."""
+    words = [PLACEHOLDERS.get(word, word) for word in words]
+    assert (ROOT / script).is_file()
+    if script.startswith("tests/"):
+        return
+    if not OF_DEMO.fullmatch(script):
+        needed = [action for action in parser_of(script.removesuffix(".py"))._actions if action.required]
+        if words and all(set(action.option_strings) & {word.split("=")[0] for word in words} for action in needed):
+            importlib.import_module(script.removesuffix(".py")).parse_args(words)
+        return
+    if "ArgumentParser" not in (ROOT / script).read_text():
+        return  # it takes words, in their order
+
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parse_and_stop(parser, *args, **kwargs):
+        raise Parsed(parse(parser, *args, **kwargs)[1])
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
+    monkeypatch.setattr("sys.argv", [script, *words])
+    monkeypatch.setattr("sys.path", [str((ROOT / script).parent), *sys.path])
+    with pytest.raises(Parsed) as parsed:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    # demo/run.py and demo/compare.py give what they do not know to the script of whole U-Nets.
+    passed_on = parser_of("train_lcm_distill_sd_wds") if "parse_known_args" in (ROOT / script).read_text() else None
+    for word in parsed.value.args[0]:
+        assert passed_on and (not word.startswith("--") or word.split("=")[0] in passed_on._option_string_actions)
 
 
 def test_readme_is_short():

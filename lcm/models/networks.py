@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers import UNet2DConditionModel
 
+from lcm.models.comfyui import COMFYUI_FOLDER, guidance_file, guidance_scales, save_guidance
 from lcm.models.lora import EMA, TRAINED, AdapterView, adapter_parameters
 from lcm.models.lora_files import (
     DIFFUSERS_FILE,
@@ -128,7 +129,7 @@ class WholeUNet(Networks):
     tags = ["latent-consistency-model", "stable-diffusion", "text-to-image"]
     relation = "finetune"
     exported = "unet_target"  # the folder of the network to sample from
-    outputs = ["unet", exported, "scheduler"]
+    outputs = ["unet", exported, COMFYUI_FOLDER, "scheduler"]
 
     def __init__(self, args: Options, teacher: Any, student: Any, target: Any):
         super().__init__(args, teacher, student, target)
@@ -179,14 +180,23 @@ class WholeUNet(Networks):
                 half = type(network).from_config(network.config)
             half.load_state_dict(weights, assign=True)
             half.save_pretrained(os.path.join(folder, name), variant="fp16")
+        if self.takes_guidance:
+            save_guidance(self.target, guidance_scales(self.args), os.path.join(folder, COMFYUI_FOLDER))
 
     def describe(self, output_dir: str) -> list[str]:
         names = ", ".join(os.path.join(output_dir, name) for name in self.saved)
-        return [f'{names}: the networks, also as variant="fp16"; use {self.exported}']
+        lines = [f'{names}: the networks, also as variant="fp16"; use {self.exported}']
+        if self.takes_guidance:
+            lines.append(f"{os.path.join(output_dir, COMFYUI_FOLDER)}: its guidance scales, for ComfyUI")
+        return lines
 
     def pushed_files(self, output_dir: str) -> dict[str, str]:
         folder = os.path.join(output_dir, self.exported)
-        return {name: os.path.join(folder, name) for name in sorted(os.listdir(folder))}
+        files = {name: os.path.join(folder, name) for name in sorted(os.listdir(folder))}
+        if self.takes_guidance:
+            names = (f"{COMFYUI_FOLDER}/{guidance_file(scale)}" for scale in guidance_scales(self.args))
+            files |= {name: os.path.join(output_dir, name) for name in names}
+        return files
 
     def usage_code(self, teacher: str, source: str, on_hub: bool, machine: Machine) -> str:
         folder = None if on_hub else self.exported

@@ -2,11 +2,14 @@
 
 import importlib.util
 import os
+import sys
 
 from lcm.options.choices import ADAM, LR_SCHEDULES, LR_SHAPE, OPTIMIZERS, RUN_NAMES, TRACKERS
+from lcm.options.config import expand
 from lcm.options.files import existing_parent, find_checkpoint, is_repository_name, read_prompts, repository_name
 from lcm.options.shapes import AUTO, bucket_shapes
 from lcm.options.types import Options, Parser
+from lcm.secrets import redact_arguments
 
 # Options whose defaults an optimizer may replace.
 OWN_DEFAULTS = ("learning_rate", "adam_beta2")
@@ -21,6 +24,7 @@ def parse(parser: Parser, argv: list[str] | None = None) -> Options:
             own = OPTIMIZERS[optimizer_name(args)].defaults
             setattr(args, name, own.get(name, parser.get_default(name)))
     args.script = parser.prog
+    args.command_line = redact_arguments(expand(parser, sys.argv[1:] if argv is None else argv))
     args.defaults = {name: parser.get_default(name) for name in vars(args)}
     args.left_at_default = {name for name, value in vars(args).items() if value == args.defaults[name]}
 

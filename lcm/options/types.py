@@ -46,12 +46,14 @@ class Parser(argparse.ArgumentParser):
 
 class Options(argparse.Namespace):
     """A script's options; `vars()` gives only these. A resume also needs three things: the file name of the `script`,
-    the parser's `defaults` by name, and the names of the options `left_at_default`, even if they are set later."""
+    the parser's `defaults` by name, and the names of the options `left_at_default`, even if they are set later. The
+    model card shows the `command_line`: the words after the script, without secrets, after those of `--config`."""
 
+    command_line: list[str]
     defaults: dict[str, Any]
     left_at_default: set[str]
     script: str
-    __slots__ = ("defaults", "is_frozen", "left_at_default", "script")
+    __slots__ = ("command_line", "defaults", "is_frozen", "left_at_default", "script")
 
     def freeze(self) -> None:
         """Make every later change of an option an AttributeError."""

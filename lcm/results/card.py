@@ -1,17 +1,21 @@
-"""The model card, with the curves and the pictures of the run."""
+"""The model card, with the curves and the pictures of the run, its command, and an evaluation if there is one."""
 
 import contextlib
 import itertools
+import json
 import os
 import re
+import shlex
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lcm.models.networks import Networks
 from lcm.options.checks import target_in_words
 from lcm.options.plan import Plan
 from lcm.options.types import Options
 
+WIDGET_PROMPTS = 12  # the most that the Hub's page offers
 # Names of folders that say nothing about the model in them.
 GENERIC_NAMES = r"teacher|models?|unet|base|sd|sdxl|output|results?|diffusers|pretrained|checkpoint(-\d+)?|[\W\d]+"
 
@@ -63,14 +67,86 @@ def report_name(folder: str, kind: str) -> str:
     return next(filter(can_be_written, names))
 
 
+def sampling_parameters(code: str) -> dict[str, float]:
+    """The steps and the guidance scale of the code that samples."""
+    found = re.findall(r"(num_inference_steps|guidance_scale)=([\d.]+)", code)
+    return {name: float(value) if "." in value else int(value) for name, value in found}
+
+
+def training_command(args: Options) -> str:
+    """The command of the run, with the options of its `--config` file in place of that option."""
+    words, line = list(args.command_line), ["accelerate", "launch", args.script]
+    while words:
+        word = words.pop(0)
+        if word == "--config":
+            del words[:1]
+        elif not word.startswith("--config="):
+            line.append(word)
+    return shlex.join(line)
+
+
+def without_folders(text: str) -> str:
+    """`text` with each absolute path on this machine as its last part: a card is published."""
+    return re.sub(r"(?:(?<=pipe:)|(?<=::)|(?<=file:)|(?<![\w:/.*\\-]))(?:~[\w.-]*)?/(?:[^\s/:'\"]+/)*", "", text)
+
+
+def evaluation(output_dir: str) -> dict[str, Any] | None:
+    """What evaluate_lcm.py left in the output folder, None if nothing, or if a later checkpoint was saved."""
+    path = os.path.join(output_dir, "results.json")
+    states = [os.path.join(folder.path, "training_state.json") for folder in os.scandir(output_dir) if folder.is_dir()]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with open(path, encoding="utf-8") as file:
+            results: dict[str, Any] = json.load(file)
+        times = [os.path.getmtime(state) for state in states if os.path.isfile(state)]
+        if times and max(times) < os.path.getmtime(path) and results["table"] and results["command"]:
+            return results
+    return None
+
+
+def eval_results(results: dict[str, Any]) -> list[EvalResult]:
+    """The rows of an evaluation for the card's `model-index`; none if it compared several trained networks."""
+    rows = [row for row in results["rows"] if row["network"] != "teacher"]
+    if len({row["network"] for row in rows}) != 1:
+        return []
+    setting = ("network", "steps", "sampler", "guidance_scale")
+    return [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type="custom",
+            dataset_name=without_folders(results["reference"]),
+            metric_type=name,
+            metric_name=f"{name.replace('_', ' ')}, steps {row['steps']}, guidance scale {row['guidance_scale']:g}",
+            metric_value=value,
+        )
+        for row in rows
+        for name, value in row.items()
+        if name not in setting and value is not None
+    ]
+
+
 def model_card(
-    args: Options, plan: Plan, networks: Networks, code: str, steps: int, pictures: dict[str, list[str]]
+    args: Options,
+    plan: Plan,
+    networks: Networks,
+    code: str,
+    steps: int,
+    pictures: dict[str, list[str]],
+    is_published: bool = False,
 ) -> ModelCard:
     """The model card: what the networks are, how to sample from them (`code`), how they were trained.
 
-    `pictures` has the addresses of the existing ones: `validation`, one for each page, and `training`.
+    `pictures` has the addresses of the existing ones: `validation`, one for each page, and `training`. A card that
+    `is_published` has no paths of this machine.
     """
     is_local = os.path.isdir(args.pretrained_teacher_model)
+    shown = without_folders if is_published else str
+    results = evaluation(args.output_dir)
+    measured_rows = eval_results(results) if results else []
+    # What the Hub's page of the model offers to draw; the first picture stands for the model in lists.
+    prompts = [prompt for prompt in dict.fromkeys(args.validation_prompts) if prompt][:WIDGET_PROMPTS]
+    widget: list[dict[str, Any]] = [{"text": prompt} for prompt in prompts]
+    if widget and pictures["validation"]:
+        widget[0]["output"] = {"url": pictures["validation"][0]}
     data = ModelCardData(
         license=None if is_local else base_licence(args),
         base_model=None if is_local else args.pretrained_teacher_model,
@@ -78,6 +154,10 @@ def model_card(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=networks.tags,
+        model_name=f"{networks.title} of {teacher_name(args)}" if measured_rows else None,
+        eval_results=measured_rows or None,
+        widget=widget or None,
+        inference={"parameters": sampling_parameters(code)},
     )
     options = {
         "optimizer steps": steps,
@@ -100,6 +180,20 @@ def model_card(
         pages = ", ".join(f"[{number}]({address})" for number, address in enumerate(others, 2))
         validation += f"\nThe other pages of them: {pages}.\n"
     curves = "".join(f"\n![Curves of the training]({address})\n" for address in pictures["training"])
+    measured = (
+        ""
+        if results is None
+        else f"""
+## Evaluation
+
+{results["table"]}
+
+{shown("".join(f"- {line}" + chr(10) for line in results["measured"]))}
+```bash
+{shown(results["command"])}
+```
+"""
+    )
     return ModelCard(f"""\
 ---
 {data.to_yaml()}
@@ -121,5 +215,9 @@ def model_card(
 | --- | --- |
 {table}
 
+```bash
+{shown(training_command(args))}
+```
+{measured}
 {mark("model_card")}
 """)

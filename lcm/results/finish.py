@@ -119,7 +119,7 @@ class Results:
             for what, paths in self.pictures(steps).items()
         }
         names = {what: [*paths] for what, paths in pictures.items()}
-        card = model_card(self.args, self.plan, self.networks, code, steps, names)
+        card = model_card(self.args, self.plan, self.networks, code, steps, names, is_published=True)
         files: dict[str, str | bytes] = {
             **self.networks.pushed_files(output_dir),
             "scheduler/scheduler_config.json": os.path.join(output_dir, "scheduler", "scheduler_config.json"),

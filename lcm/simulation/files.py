@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
-from lcm.models import lora_files
+from lcm.models import comfyui, lora_files
 from lcm.simulation.device import SimulatedCuda
 
 KEY = "file of a simulated run: "
@@ -93,5 +93,6 @@ def patch_files(device: SimulatedCuda) -> None:
     # Weights of more than 10 GB are split. Without an address all tensors of a size would count as one.
     device.patch(sharding, "storage_ptr", lambda tensor: tensor.untyped_storage()._cdata)
     for module in (safetensors.torch, lora_files):
-        device.patch(module, "save_file", save_file)
         device.patch(module, "load_file", load_file)
+    for module in (safetensors.torch, lora_files, comfyui):
+        device.patch(module, "save_file", save_file)

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, SCRIPTS, Script
 
 README = (ROOT / "README.md").read_text()
-CONFIGS = sorted((ROOT / "configs").glob("*"))
+CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 WRITTEN = {
     "run.yaml": """
         learning_rate: 1e-4

@@ -1,6 +1,7 @@
 """The report that a run leaves: a card whose pictures exist, and curves of the whole run."""
 
 import re
+import shlex
 from types import SimpleNamespace
 
 import matplotlib.figure
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SCRIPTS, Script, hub
+from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -147,6 +149,89 @@ def test_all_pages_of_pictures_are_pushed(teacher, shards, tmp_path):
     card = files["README.md"].decode()
     assert "![Validation pictures](validation-1.png)" in card and "[2](validation-2.png)" in card
     assert "![Curves of the training](training.png)" in card and "training.png" in files
+
+
+def written_card(folder):
+    return ModelCard.load(folder / "README.md")
+
+
+def command_of(card, script="train_lcm"):
+    """The options of the command on a card."""
+    (line,) = re.findall(rf"^(?:accelerate launch|python) ({script}.*)$", card.text, re.M)
+    return shlex.split(line)[1:]
+
+
+@pytest.mark.parametrize("name", ["sd", "lora_sd"])
+def test_a_card_is_valid_and_holds_the_command(name, teacher, shards, tmp_path):
+    """The client's own check, by the stand-in server's rules, of the card here and of the one that is pushed."""
+    script = Script(name, teacher, shards, SCRIPTS[name])
+    (tmp_path / "run.yaml").write_text("huber_c: 0.002\nloss_type: huber\n")
+    options = (f"--config={tmp_path / 'run.yaml'}", "--push_to_hub", "--hub_model_id=mine", "--max_train_steps=1")
+    with hub() as server:
+        script.main(tmp_path / "out", *options, f"--hub_token={server.token}")
+        pushed = ModelCard(server.files("tester/mine")["README.md"].decode())
+        for card in (written_card(tmp_path / "out"), pushed):
+            card.validate()
+        assert "validation.png" in server.files("tester/mine")
+    assert pushed.data.widget == [{"text": "a red three", "output": {"url": "validation.png"}}]
+    assert written_card(tmp_path / "out").data.widget[0]["output"]["url"] == "validation/step-000001.png"
+    scale = 1 if "lora" in name else 7.5
+    assert pushed.data.inference == {"parameters": {"num_inference_steps": 4, "guidance_scale": scale}}
+    # The exact command, but for the token; the pushed one has no folders of this machine.
+    given = script.module.parse_args(script.options(tmp_path / "out", *options))
+    again = script.module.parse_args(
+        [word for word in command_of(written_card(tmp_path / "out")) if "hub_token" not in word]
+    )
+    assert {**vars(given), "config": None} == vars(again)
+    assert str(tmp_path) not in str(pushed) and "--output_dir=out " in pushed.text
+    assert "--loss_type=huber" in command_of(pushed) and "--hub_token=***" in command_of(pushed)
+
+
+def test_an_evaluation_in_the_output_folder_is_on_the_card(teacher, shards, tmp_path):
+    """With its command, and as `model-index`; not after more training, which it says nothing about."""
+    script = Script("lora_sd", teacher, shards, SCRIPTS["lora_sd"])
+    resumed = ("--resume_from_checkpoint=latest", "--checkpointing_steps=1")
+    script.main(tmp_path, "--max_train_steps=1", "--checkpointing_steps=1")
+    setting = {"sampler": "lcm", "guidance_scale": 1.0}
+    rows = [{"network": network, "steps": 4, **setting, "clip_score": 30.5} for network in ("teacher", "LoRA")]
+    results = {
+        "command": f"python evaluate_lcm.py --trained LoRA={tmp_path}",
+        "measured": ["seed 0"],
+        "reference": "10 pictures of heldout",
+        "rows": rows,
+    }
+    results["table"] = evaluate_lcm.as_markdown(results)
+    evaluate_lcm.write(tmp_path, results, [torch.zeros(1, 3, 8, 8, dtype=torch.uint8)] * 2, ["a prompt"])
+    with hub() as server:
+        push = ("--push_to_hub", "--hub_model_id=mine", f"--hub_token={server.token}")
+        script.main(tmp_path, "--max_train_steps=1", *resumed, *push)
+        pushed = ModelCard(server.files("tester/mine")["README.md"].decode())
+        pushed.validate()
+    (measured,) = pushed.data.eval_results
+    assert (measured.metric_type, measured.metric_value, measured.task_type) == ("clip_score", 30.5, "text-to-image")
+    assert measured.metric_name == "clip score, steps 4, guidance scale 1"
+    for card in (pushed, written_card(tmp_path)):
+        assert results["table"] in card.text
+    assert command_of(pushed, "evaluate_lcm") == ["--trained", f"LoRA={tmp_path.name}"]
+    assert command_of(written_card(tmp_path), "evaluate_lcm") == ["--trained", f"LoRA={tmp_path}"]
+    rows[1:1] = [{**rows[1], "network": "another"}]
+    assert lcm_card.eval_results(results) == []  # whose figures they are cannot be told
+    script.main(tmp_path, "--max_train_steps=2", *resumed)
+    assert results["table"] not in written_card(tmp_path).text and not written_card(tmp_path).data.eval_results
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("--output_dir=/home/me/lcm-sd15", "--output_dir=lcm-sd15"),
+    ("'pipe:cat /data/shards/{00000..00002}.tar'", "'pipe:cat {00000..00002}.tar'"),
+    ("/data/a.tar::/data/b.tar", "a.tar::b.tar"),
+    ("pipe:/usr/bin/cat ~/a.tar", "pipe:cat a.tar"),
+    ("https://host.org/a/b.tar", "https://host.org/a/b.tar"),
+    ("s3://bucket/a/b.tar", "s3://bucket/a/b.tar"),
+    ("path/to/shards ../up some/teacher", "path/to/shards ../up some/teacher"),
+    ("a red and/or blue 3", "a red and/or blue 3"),
+])  # fmt: skip
+def test_a_published_card_has_no_folders_of_this_machine(text, shown):
+    assert lcm_card.without_folders(text) == shown
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])

@@ -442,7 +442,7 @@ def events(folder):
 
 def exported(run):
     """What a run of two steps leaves in its output folder."""
-    weights = {LORA_FILE, KOHYA_FILE} if run.is_lora else {"unet", "unet_target"}
+    weights = {LORA_FILE, KOHYA_FILE} if run.is_lora else {"unet", "unet_target", "comfyui"}
     return {*weights, "scheduler", "validation", "README.md", "training.png", "metrics.jsonl"}
 
 

@@ -55,7 +55,7 @@ def run_python(*arguments, env=None, cwd=ROOT):
 # What a run leaves behind.
 
 
-FULL_OUTPUTS = {"unet", "unet_target", "scheduler"}
+FULL_OUTPUTS = {"unet", "unet_target", "comfyui", "scheduler"}
 OUTPUTS = {
     "sd": FULL_OUTPUTS,
     "sdxl": FULL_OUTPUTS,
@@ -618,6 +618,11 @@ OWN_OPTIONS = {
     "lora_sdxl": ["--learning_rate=1e-4", "--lora_rank=64", "--use_fix_crop_and_size"],
 }
 FULL_FILES = {"config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"}
+# The guidance scales from `--w_min` + 1 to `--w_max` + 1, and that of the printed code.
+GUIDANCE_FILES = {
+    "sd": {f"comfyui/lcm_guidance_{scale}.safetensors" for scale in (*range(6, 17), 7.5)},
+    "sdxl": {f"comfyui/lcm_guidance_{scale}.safetensors" for scale in (*range(4, 17), 7.5)},
+}
 LORA_FILES = {"pytorch_lora_weights.safetensors", "lcm_lora_kohya.safetensors"}
 
 GUIDE_SNIPPET = """
@@ -669,7 +674,7 @@ def test_public_command_and_what_it_pushes(script, tmp_path):
         )  # fmt: skip
         pushed = server.files("tester/saved-model")
         always = {".gitattributes", "README.md", "scheduler/scheduler_config.json", "validation.png", "training.png"}
-        assert set(pushed) == always | (LORA_FILES if script.is_lora else FULL_FILES)
+        assert set(pushed) == always | (LORA_FILES if script.is_lora else FULL_FILES | GUIDANCE_FILES[script.name])
         assert server.private("tester/saved-model")
         for text in (str(tmp_path), str(script.teacher), server.token):
             assert not [name for name, data in pushed.items() if text.encode() in data]
