@@ -103,6 +103,12 @@ def evaluation(output_dir: str) -> dict[str, Any] | None:
     return None
 
 
+def evaluation_text(results: dict[str, Any]) -> str:
+    """The section of the card about an evaluation: its table, how it was measured, its command."""
+    how = "\n".join(f"- {line}" for line in results["measured"])
+    return f"\n## Evaluation\n\n{results['table']}\n\n{how}\n\n```bash\n{results['command']}\n```\n"
+
+
 def eval_results(results: dict[str, Any]) -> list[EvalResult]:
     """The rows of an evaluation for the card's `model-index`; none if it compared several trained networks."""
     rows = [row for row in results["rows"] if row["network"] != "teacher"]
@@ -180,20 +186,7 @@ def model_card(
         pages = ", ".join(f"[{number}]({address})" for number, address in enumerate(others, 2))
         validation += f"\nThe other pages of them: {pages}.\n"
     curves = "".join(f"\n![Curves of the training]({address})\n" for address in pictures["training"])
-    measured = (
-        ""
-        if results is None
-        else f"""
-## Evaluation
-
-{results["table"]}
-
-{shown("".join(f"- {line}" + chr(10) for line in results["measured"]))}
-```bash
-{shown(results["command"])}
-```
-"""
-    )
+    measured = "" if results is None else shown(evaluation_text(results))
     return ModelCard(f"""\
 ---
 {data.to_yaml()}
