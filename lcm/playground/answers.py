@@ -35,7 +35,7 @@ class Answers:
         """Load what a network needs, and say before each part what is loaded."""
         for part in self.shelf.missing(label):
             yield f"Loading {'the teacher' if part == TEACHER else part} ..."
-            with self.turns.turn(FIRST):
+            with self.turns.turn(ticket, FIRST):
                 if part in self.shelf.missing(label):  # another visitor may have been first
                     self.shelf.load(part)
             ticket.check()

@@ -95,8 +95,7 @@ class Drawing:
     def draw(self, label: str, wish: Wish, ticket: Ticket, priority: int) -> Drawn:
         """One picture of a loaded network. Raises Superseded at the next step, and UserError if memory is short."""
         steps, scale, words = self.plan(label, wish)
-        with self.turns.turn(LAST if label == TEACHER else priority) as turn:
-            ticket.check()
+        with self.turns.turn(ticket, LAST if label == TEACHER else priority) as turn:
             start, waited_before = time.perf_counter(), turn.waited
             self.shelf.use(label, wish.lora_strength)
             done, last, embedded = 0, 0.0, 0.0
@@ -109,7 +108,6 @@ class Drawing:
                 done, last = done + 1, now()
                 if turn.give_way():
                     self.shelf.use(label, wish.lora_strength)
-                ticket.check()
                 return arguments
 
             try:

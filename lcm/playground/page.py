@@ -20,7 +20,7 @@ from lcm.playground.wishes import AS_TRAINED, MOST_LETTERS, MOST_STEPS, MOST_STR
 HERE = Path(__file__).parent
 FONTS, FIXED_FONTS = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # Gradio's own come from another site
 REFRESH_SECONDS = 2  # between two looks at the folder of the run
-MOST_WAITING, MOST_AT_ONCE = 64, 16  # requests of all visitors: in Gradio's queue, and out of it
+MOST_WAITING, MOST_AT_ONCE = 64, 32  # requests of all visitors: in Gradio's queue, and out of it
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "multiple"}
 NOTHING_YET = '<div class="cards"><p class="message">Type what to draw.</p></div>'
 DICE = "() => Math.floor(Math.random() * 4294967296)"

@@ -1,6 +1,6 @@
 """Whose turn it is: of each visitor the latest request wins, and all drawings take turns at every sampling step."""
 
-import heapq
+import bisect
 import itertools
 import threading
 import time
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 MOST_VISITORS = 64  # whose pictures are remembered; the one who was away for longest is forgotten first
+PATIENCE = 0.05  # seconds between two looks of one who waits, whether the request is still wanted
 FIRST, LATER, LAST = 0, 1, 2  # priorities: a picture while typing, one of a sweep, one of the teacher's many steps
 
 
@@ -82,9 +83,9 @@ class Turns:
         self.is_taken = False
 
     @contextmanager
-    def turn(self, priority: int) -> Iterator["Turn"]:
-        """A turn, for as long as the block runs."""
-        turn = Turn(self, priority)
+    def turn(self, ticket: Ticket, priority: int) -> Iterator["Turn"]:
+        """A turn, for as long as the block runs. Raises Superseded if that comes first."""
+        turn = Turn(self, ticket, priority)
         turn.begin()
         try:
             yield turn
@@ -95,28 +96,40 @@ class Turns:
 class Turn:
     """One drawing's place among the others; `waited` is the time in seconds that it spent waiting for them."""
 
-    def __init__(self, turns: Turns, priority: int):
-        self.turns, self.priority, self.waited = turns, priority, 0.0
+    def __init__(self, turns: Turns, ticket: Ticket, priority: int):
+        self.turns, self.ticket, self.priority = turns, ticket, priority
+        self.is_mine, self.waited = False, 0.0
 
     def begin(self) -> None:
-        """Wait until it is this drawing's turn."""
+        """Wait until it is this drawing's turn. Raises Superseded, at the latest after PATIENCE."""
         turns, start = self.turns, time.perf_counter()
         with turns.condition:
             me = (self.priority, next(turns.numbers))
-            heapq.heappush(turns.waiting, me)
-            turns.condition.wait_for(lambda: not turns.is_taken and turns.waiting[0] == me)
-            heapq.heappop(turns.waiting)
-            turns.is_taken = True
+            bisect.insort(turns.waiting, me)
+            try:
+                while turns.is_taken or turns.waiting[0] != me:
+                    self.ticket.check()
+                    turns.condition.wait(PATIENCE)
+                self.ticket.check()
+                turns.is_taken = self.is_mine = True
+            finally:
+                turns.waiting.remove(me)
+                turns.condition.notify_all()
         self.waited += time.perf_counter() - start
 
     def end(self) -> None:
-        """Let the next one begin."""
+        """Let the next one begin, if this is not done yet."""
         with self.turns.condition:
-            self.turns.is_taken = False
-            self.turns.condition.notify_all()
+            if self.is_mine:
+                self.turns.is_taken = self.is_mine = False
+                self.turns.condition.notify_all()
 
     def give_way(self) -> bool:
-        """Between two steps: let others go first who are not behind this one. Returns whether any did."""
+        """Between two steps: let others go first who are not behind this one. Returns whether any did.
+
+        Raises Superseded.
+        """
+        self.ticket.check()
         with self.turns.condition:
             if not self.turns.waiting or self.turns.waiting[0][0] > self.priority:
                 return False
