@@ -42,7 +42,7 @@ class Answers:
 
     def draw(self, request: gr.Request, *values: Any) -> Iterator[str]:
         """The cards, again after each picture. The teacher, which is slow, comes last."""
-        visitor = self.visitors.of(request.session_hash)
+        visitor = self.visitors.of(request.session_hash or "")
         ticket = visitor.begin("cards")
         try:
             wish = self.bounds.read(values)
@@ -93,7 +93,7 @@ class Answers:
 
     def sweep(self, request: gr.Request, label: Any, steps: Any, scales: Any, *values: Any) -> Iterator[str]:
         """How far the sweep is, then the grid and its download."""
-        ticket = self.visitors.of(request.session_hash).begin("sweep")
+        ticket = self.visitors.of(request.session_hash or "").begin("sweep")
         try:
             if label not in self.shelf.networks or label == TEACHER:
                 raise UserError("sweep's network: allowed: one of the trained ones")
@@ -141,4 +141,4 @@ class Answers:
 
     def leave(self, request: gr.Request) -> None:
         """Stop drawing for a visitor who has closed the page."""
-        self.visitors.leave(request.session_hash)
+        self.visitors.leave(request.session_hash or "")

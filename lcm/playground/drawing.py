@@ -45,7 +45,9 @@ class Drawing:
     @cached_property
     def from_picture(self) -> Any:
         """The teacher's parts as a pipeline that starts from a picture."""
-        return diffusers.AutoPipelineForImage2Image.from_pipe(self.shelf.pipeline)
+        pipeline = diffusers.AutoPipelineForImage2Image.from_pipe(self.shelf.pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     def prompt_arguments(self, wish: Wish) -> dict[str, torch.Tensor]:
         """The embeddings of the prompts, as the pipeline's arguments. A prompt is encoded once for all networks."""

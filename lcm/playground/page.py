@@ -22,21 +22,21 @@ FONTS, FIXED_FONTS = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"] 
 REFRESH_SECONDS = 2  # between two looks at the folder of the run
 MOST_WAITING, MOST_AT_ONCE = 64, 32  # requests of all visitors: in Gradio's queue, and out of it
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "multiple"}
-NOTHING_YET = '<div class="cards"><p class="message">Type what to draw.</p></div>'
+NOT_READY = '<div class="cards"><p class="message">One moment ...</p></div>'
 DICE = "() => Math.floor(Math.random() * 4294967296)"
 
 
 def words_about(shelf: Shelf) -> str:
-    """The guidance scales that fit the training of each network, as one line."""
-    ranges = [(network.label, *network.guidance) for network in shelf.networks.values() if network.guidance]
-    return "; ".join(f"{label}: {low:g} to {high:g}" for label, low, high in ranges)
+    """The guidance scales that fit the training of each whole U-Net, as one line; empty if none is known."""
+    found = [(network.label, *network.guidance) for network in shelf.networks.values() if network.guidance]
+    texts = [f"{label}: {low:g} to {high:g}" for label, low, high in found if not shelf.networks[label].is_lora]
+    return f"trained for {', '.join(texts)}" if texts else ""
 
 
-def draw_tab(args: Namespace, shelf: Shelf, answers: Answers) -> None:
+def draw_tab(args: Namespace, shelf: Shelf, answers: Answers, page: gr.Blocks) -> None:
     """The tab that draws while one types."""
     networks = list(shelf.networks)
     trained, has_loras = networks[:-1], any(network.is_lora for network in shelf.networks.values())
-    takes_guidance = [name for name in networks if not shelf.networks[name].is_lora]
     scale = args.guidance_scale or shelf.default_guidance_scale
     fits = [network.guidance[1] for network in shelf.networks.values() if network.guidance and not network.is_lora]
     examples = [prompt for network in shelf.networks.values() for prompt in network.prompts]
@@ -46,16 +46,23 @@ def draw_tab(args: Namespace, shelf: Shelf, answers: Answers) -> None:
     )  # fmt: skip
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=300):
-            cards = gr.HTML(NOTHING_YET, elem_id="cards")
+            cards = gr.HTML(NOT_READY, elem_id="cards")
+            with gr.Accordion("Start from a picture", open=False):
+                picture = gr.HTML(
+                    "", html_template=(HERE / "sketch.html").read_text(), js_on_load=(HERE / "sketch.js").read_text(),
+                    elem_id="sketch",
+                )  # fmt: skip
+                strength = gr.Slider(0.1, 1, 0.6, step=0.05, label="Change", elem_id="strength",
+                                     info="how much is new; 1 leaves nothing of the picture")  # fmt: skip
+            if trained:
+                sweep, sweep_fields, grid = sweep_part(shelf, trained, scale)
         with gr.Column(scale=2, min_width=280):
             steps = gr.Slider(1, MOST_STEPS, 2, step=1, label="Steps", info="of the trained networks", elem_id="steps")
-            guidance = gr.Slider(
-                1, max([1.5 * max(fits, default=10), 10]), scale, step=0.1, label="Guidance", elem_id="guidance",
-                info=f"of {', '.join(takes_guidance)}. Trained for: {words_about(shelf)}" if trained else None,
-            )  # fmt: skip
-            with gr.Row():
+            guidance = gr.Slider(1, max(1.5 * max(fits, default=10), 6), scale, step=0.1, label="Guidance",
+                                 elem_id="guidance", info=words_about(shelf))  # fmt: skip
+            with gr.Row(equal_height=True):
                 seed = gr.Number(args.seed, precision=0, label="Seed", elem_id="seed", min_width=120, scale=3)
-                dice = gr.Button("🎲 Another seed", elem_id="dice", min_width=120, scale=2)
+                dice = gr.Button("Another seed", elem_id="dice", min_width=120, scale=2)
             shown = gr.CheckboxGroup(networks, value=networks, label="Networks", elem_id="networks")
             with gr.Accordion("More settings", open=False):
                 negative = gr.Textbox(
@@ -68,34 +75,28 @@ def draw_tab(args: Namespace, shelf: Shelf, answers: Answers) -> None:
                                           elem_id="lora-guidance", info="1 adds none to what was learned")  # fmt: skip
                 lora_strength = gr.Slider(0, MOST_STRENGTH, 1, step=0.05, label="LoRA strength", visible=has_loras,
                                           elem_id="lora-strength")  # fmt: skip
-                sampler = gr.Dropdown([AS_TRAINED, *STUDENT_SAMPLERS], label="Sampler", elem_id="sampler")
-                teacher_sampler = gr.Dropdown(
-                    TEACHER_SAMPLERS, label="Sampler of the teacher", elem_id="teacher-sampler"
-                )
-            with gr.Accordion("Start from a picture", open=False):
-                picture = gr.HTML(
-                    "", html_template=(HERE / "sketch.html").read_text(), js_on_load=(HERE / "sketch.js").read_text(),
-                    elem_id="sketch",
-                )  # fmt: skip
-                strength = gr.Slider(0.1, 1, 0.6, step=0.05, label="Change", elem_id="strength",
-                                     info="1 leaves nothing of the picture")  # fmt: skip
+                sampler = gr.Dropdown([AS_TRAINED, *STUDENT_SAMPLERS], label="Sampler", elem_id="sampler",
+                                      info="of the trained networks")  # fmt: skip
+                teacher_sampler = gr.Dropdown(TEACHER_SAMPLERS, label="Sampler of the teacher")
     fields = [prompt, negative, shown, steps, guidance, seed, size, sampler, teacher_sampler, lora_guidance,
               lora_strength, picture, strength]  # fmt: skip
-    typed = [prompt.input, negative.input, shown.input, sampler.input, teacher_sampler.input, picture.input]
-    moved = [field.change for field in (steps, guidance, seed, size, lora_guidance, lora_strength, strength)]
-    gr.on([*typed, *moved], answers.draw, fields, cards, concurrency_limit=MOST_AT_ONCE, **PRIVATE)
+    # A textbox's `input` misses the backspace key and what is pasted; a slider's `change` has its arrow keys.
+    changed = [field.change for field in (prompt, negative, steps, guidance, seed, size, lora_guidance, lora_strength)]
+    chosen = [shown.input, sampler.input, teacher_sampler.input, picture.input, strength.change]
+    gr.on([page.load, *changed, *chosen], answers.draw, fields, cards, concurrency_limit=MOST_AT_ONCE, **PRIVATE)
     dice.click(None, None, seed, js=DICE, **PRIVATE)
     if trained:
-        sweep_part(shelf, answers, trained, scale, fields)
+        inputs = [*sweep_fields, *fields]
+        sweep.click(answers.sweep, inputs, grid, concurrency_limit=MOST_AT_ONCE, **PRIVATE)
 
 
-def sweep_part(shelf: Shelf, answers: Answers, trained: list[str], scale: float, fields: list[Any]) -> None:
-    """Steps x guidance of one trained network."""
+def sweep_part(shelf: Shelf, trained: list[str], scale: float) -> tuple[gr.Button, list[Any], gr.HTML]:
+    """Steps x guidance of one trained network: (the button, its fields, the place for the grid)."""
 
     def scales_for(label: str) -> str:
-        """Some guidance scales that fit a network."""
+        """Three guidance scales that fit a network."""
         low, high = (shelf.networks[label].guidance if label in trained else None) or (1.0, scale)
-        return ", ".join(f"{low + (high - low) * i / 3:.3g}" for i in range(4))
+        return ", ".join(f"{value:g}" for value in dict.fromkeys((low, (low + high) / 2, high)))
 
     with gr.Accordion("Sweep: steps x guidance", open=False):
         with gr.Row():
@@ -106,8 +107,7 @@ def sweep_part(shelf: Shelf, answers: Answers, trained: list[str], scale: float,
         button = gr.Button("Draw the grid", elem_id="sweep-draw")
         grid = gr.HTML(elem_id="sweep")
     network.input(scales_for, network, scales, **PRIVATE)
-    inputs = [network, steps, scales, *fields]
-    button.click(answers.sweep, inputs, grid, concurrency_limit=MOST_AT_ONCE, **PRIVATE)
+    return button, [network, steps, scales], grid
 
 
 def run_tab(answers: Answers) -> None:
@@ -133,7 +133,7 @@ def make_page(args: Namespace, shelf: Shelf) -> gr.Blocks:
     with gr.Blocks(title="LCM playground", analytics_enabled=False) as page:
         gr.HTML('<div class="head"><h1>LCM playground</h1><p>It draws while you type.</p></div>')
         with gr.Tab("Draw"):
-            draw_tab(args, shelf, answers)
+            draw_tab(args, shelf, answers, page)
         with gr.Tab("The run"):
             run_tab(answers)
         page.unload(answers.leave)
@@ -163,7 +163,9 @@ def serve(args: Namespace, wait: bool = True) -> gr.Blocks:
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
-            theme=gr.themes.Default(font=FONTS, font_mono=FIXED_FONTS),
+            theme=gr.themes.Default(font=FONTS, font_mono=FIXED_FONTS).set(
+                block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
+            ),
             css=(HERE / "page.css").read_text(),
         )
     except OSError as error:

@@ -14,6 +14,7 @@ from lcm.evaluation.candidates import check_unet, load_teacher, load_trained, lo
 from lcm.models.loading import load_config
 from lcm.models.lora import adapter_layers, switch
 from lcm.options.checks import default_guidance_scale
+from lcm.options.types import Options
 from lcm.pictures.samplers import make_scheduler
 from lcm.playground.wishes import AS_TRAINED, Wish
 from lcm.run.resume import STATE_FILE, list_checkpoints, read_state
@@ -75,7 +76,8 @@ class Shelf:
     """
 
     def __init__(self, args: Namespace):
-        self.args, self.pipeline = args, None
+        self.args = args
+        self.pipeline: Any = None  # the teacher's, once it is loaded
         self.layers: list[Any] = []  # of the teacher's U-Net, with adapters
         self.strengths: dict[str, float] = {}  # of the adapters
         index = load_config(diffusers.DiffusionPipeline, args)
@@ -96,7 +98,7 @@ class Shelf:
         """7.5, moved into the range of the first whole U-Net that has one."""
         ranges = [network.guidance for network in self.networks.values() if network.guidance and not network.is_lora]
         low, high = ranges[0] if ranges else (1.0, 7.5)
-        return default_guidance_scale(Namespace(w_min=low - 1, w_max=high - 1))
+        return default_guidance_scale(Options(w_min=low - 1, w_max=high - 1))
 
     def size(self, most: int) -> int:
         """The teacher's own size in pixels a side, at most `most`."""

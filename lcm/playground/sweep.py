@@ -18,8 +18,11 @@ def sweep_wishes(wish: Wish, label: str, is_lora: bool, steps: Any, scales: Any)
     """Rows of wishes: a row for each number of steps, a column for each guidance scale. Raises UserError."""
     rows = [an_integer("sweep's steps", value, 1, MOST_STEPS) for value in values_of("sweep's steps", steps)]
     columns = [a_number("sweep's guidance", v, 1, MOST_GUIDANCE) for v in values_of("sweep's guidance", scales)]
-    name = "lora_guidance_scale" if is_lora else "guidance_scale"
-    return [[replace(wish, networks=(label,), steps=row, **{name: column}) for column in columns] for row in rows]
+    rest = [
+        replace(wish, lora_guidance_scale=column) if is_lora else replace(wish, guidance_scale=column)
+        for column in columns
+    ]
+    return [[replace(one, networks=(label,), steps=row) for one in rest] for row in rows]
 
 
 def draw_sweep(

@@ -45,19 +45,27 @@ class Wish:
     picture_strength: float
 
 
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def shown(value: Any) -> str:
+    """What was given, in a few letters."""
+    return "nothing" if value is None else f"{value:.12g}" if is_number(value) else f"{value!r:.40}"
+
+
 def a_number(field: str, value: Any, low: float, high: float) -> float:
     """`value` as a float in [low, high]. Raises UserError."""
-    given = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not given or not low <= value <= high:
-        shown = "nothing" if value is None else f"{value!r:.40}"
-        raise UserError(f"{field}: {shown} given; allowed: a number from {low:g} to {high:g}")
+    if not is_number(value) or not low <= value <= high:
+        raise UserError(f"{field}: {shown(value)} given; allowed: a number from {low:g} to {high:g}")
     return float(value)
 
 
 def an_integer(field: str, value: Any, low: int, high: int) -> int:
     """`value` as an int in [low, high]. Raises UserError."""
-    if a_number(field, value, low, high) != int(value):
-        raise UserError(f"{field}: {value!r:.40} given; allowed: a whole number")
+    if not is_number(value) or not low <= value <= high or value != int(value):
+        raise UserError(f"{field}: {shown(value)} given; allowed: a whole number from {low} to {high}")
     return int(value)
 
 
@@ -87,9 +95,8 @@ def a_picture(value: Any, size: int) -> Image.Image | None:
     if not head or len(value) > MOST_BYTES:
         raise UserError(f"picture: allowed: a PNG, JPEG or WebP picture of at most {MOST_BYTES * 3 // 4 >> 10} kB")
     try:
-        picture = Image.open(
-            io.BytesIO(base64.b64decode(value[head.end() :], validate=True)), formats=("PNG", "JPEG", "WEBP")
-        )
+        file = io.BytesIO(base64.b64decode(value[head.end() :], validate=True))
+        picture: Image.Image = Image.open(file, formats=("PNG", "JPEG", "WEBP"))
         if picture.width * picture.height > MOST_PIXELS:
             raise UserError(f"picture: {picture.width} x {picture.height} given; allowed: {MOST_PIXELS} pixels")
         picture = picture.convert("RGB")
