@@ -1,8 +1,10 @@
 """What the page answers when one of its fields changes."""
 
+import contextlib
+import functools
 import logging
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import escape
 from typing import Any
 
@@ -19,6 +21,21 @@ from lcm.playground.wishes import Bounds, Wish
 from lcm.secrets import redact
 
 logger = logging.getLogger(__name__)
+
+
+def ends_with_nothing(answer: Callable[..., Iterator[str]]) -> Callable[..., Iterator[Any]]:
+    """A generator for Gradio which stops when it is superseded, and whose last value changes nothing.
+
+    Gradio sends the last value once more at the end, which is then possibly after the first values of a later request.
+    """
+
+    @functools.wraps(answer)
+    def answers(*args: Any) -> Iterator[Any]:
+        with contextlib.suppress(Superseded):
+            yield from answer(*args)
+        yield gr.skip()
+
+    return answers
 
 
 class Answers:
@@ -40,6 +57,7 @@ class Answers:
                     self.shelf.load(part)
             ticket.check()
 
+    @ends_with_nothing
     def draw(self, request: gr.Request, *values: Any) -> Iterator[str]:
         """The cards, again after each picture. The teacher, which is slow, comes last."""
         visitor = self.visitors.of(request.session_hash or "")
@@ -55,11 +73,8 @@ class Answers:
             return
         for card in visitor.cards.values():
             card.is_stale = True
-        try:
-            for label in wish.networks:
-                yield from self.draw_card(visitor, ticket, wish, label)
-        except Superseded:
-            return
+        for label in wish.networks:
+            yield from self.draw_card(visitor, ticket, wish, label)
 
     def draw_card(self, visitor: Visitor, ticket: Ticket, wish: Wish, label: str) -> Iterator[str]:
         """Draw one network's picture. What goes wrong is shown on its card. Raises Superseded."""
@@ -91,6 +106,7 @@ class Answers:
         logger.error("%s", message)
         return "cannot be loaded; the terminal says why"
 
+    @ends_with_nothing
     def sweep(self, request: gr.Request, label: Any, steps: Any, scales: Any, *values: Any) -> Iterator[str]:
         """How far the sweep is, then the grid and its download."""
         ticket = self.visitors.of(request.session_hash or "").begin("sweep")
@@ -111,8 +127,6 @@ class Answers:
                         f'<div class="sweep"><a download="sweep.png" href="{address}">Download the grid</a><br>'
                         f'<img alt="Grid of steps and guidance of {escape(label)}" src="{address}"></div>'
                     )
-        except Superseded:
-            return
         except UserError as error:
             yield f'<p class="message" role="alert">{escape(self.for_visitors(error))}</p>'
 

@@ -57,9 +57,10 @@ def card_html(name: str, card: Card) -> str:
     classes = f"card{' stale' * card.is_stale}"
     alt, small = escape(f"{name}: {card.prompt}"), ' class="small"' * card.is_small
     picture = f'<img alt="{alt}" decoding="sync" src="{card.picture}"{small}>' if card.picture else ""
+    pieces = (f"<span>{escape(piece)}</span>" for piece in (card.status or card.figures).split(", "))
     words = "".join(f'<p class="word">{escape(word)}</p>' for word in card.words)
     return (
         f'<figure class="{classes}" data-network="{escape(name)}"><div class="frame">{picture}</div>'
-        f'<figcaption><b>{escape(name)}</b><p class="figures">{escape(card.status or card.figures)}</p>{words}'
+        f'<figcaption><b>{escape(name)}</b><p class="figures">{", ".join(pieces)}</p>{words}'
         "</figcaption></figure>"
     )

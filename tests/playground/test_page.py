@@ -163,7 +163,8 @@ def test_draws_while_it_is_typed(page, expected):
     page.expose_function("saw", saw)
     page.evaluate(
         """() => new MutationObserver(() => document.querySelectorAll('.card:not(.stale) img').forEach(
-            image => saw(image.alt))).observe(document.querySelector('#cards'), {childList: true, subtree: true})"""
+            image => saw(image.alt))).observe(
+                document.querySelector('#cards'), {childList: true, attributes: true, subtree: true})"""
     )
     prompt_of(page).press_sequentially(NIGHT, delay=40)
     for label in NETWORKS:
