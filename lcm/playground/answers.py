@@ -141,7 +141,7 @@ class Answers:
             return [gr.skip()] * 5
         was_newest = position is None or position >= seen[1]
         index = len(steps) if was_newest else min(int(position or 1), len(steps))
-        slider = gr.Slider(maximum=max(2, len(steps)), value=index or 1, visible=len(steps) > 1)
+        slider = gr.Slider(maximum=max(2, len(steps)), value=index or 1)
         pictures = self.run.validation_html(steps[index - 1]) if steps else ""
         return [(signature, len(steps)), self.run.facts_html(), self.run.curves_html(), slider, pictures]
 

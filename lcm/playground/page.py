@@ -119,7 +119,7 @@ def run_tab(answers: Answers) -> None:
     facts = gr.HTML(elem_id="facts")
     curves = gr.HTML(elem_id="curves")
     position = gr.Slider(1, 2, 1, step=1, label="Validation pictures", info="from the first to the newest",
-                         visible=False, elem_id="position")  # fmt: skip
+                         elem_id="position")  # fmt: skip
     pictures = gr.HTML(elem_id="validation")
     outputs = [seen, facts, curves, position, pictures]
     timer = gr.Timer(REFRESH_SECONDS)

@@ -329,8 +329,8 @@ def test_keyboard_only(page):
             page.keyboard.press("Tab")
         pytest.fail(f"Tab does not reach {place}")
 
-    tab_to("#prompt")
-    page.keyboard.type(SNOW)
+    tab_to("#prompt textarea")
+    page.keyboard.type(SNOW, delay=40)
     card(page, "student", SNOW)
     tab_to("#steps input[type=range]")
     page.keyboard.press("ArrowRight")
