@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcm.errors import UserError, first_line, run
 from lcm.options.choices import SAMPLERS, STUDENT_SAMPLERS, VALIDATION_PROMPTS
-from lcm.options.files import read_prompts
+from lcm.options.files import read_labels, read_prompts
 from lcm.options.groups import add_model_options
 from lcm.options.types import Options, Parser, integer, make_parser, number
 from lcm.secrets import redact_arguments
@@ -114,12 +114,7 @@ def check(args: Namespace, parser: Parser) -> None:
             parser.error(f"{option}: {message}")
 
     args.prompts = read_prompts(parser, "--prompts", args.prompts)
-    args.trained = [split_label(value) for value in args.trained]
-    labels = ["teacher"] + [label for label, _ in args.trained]
-    duplicate = next((label for label in labels if labels.count(label) > 1), None)
-    need(duplicate is None, "--trained",
-         f"two networks are called {duplicate!r}; allowed: different names, not teacher, as LABEL=FOLDER")  # fmt: skip
-    need(all(labels), "--trained", "a label is empty; allowed: LABEL=FOLDER_OR_ID, or FOLDER_OR_ID")
+    args.trained = read_labels(parser, "--trained", args.trained)
     need(args.reference_images is None or args.feature_network != "none", "--reference_images",
          f"{args.reference_images!r} given, but --feature_network is none, which compares nothing")  # fmt: skip
     need((args.resolution or 8) % 8 == 0, "--resolution", f"{args.resolution} given; allowed: multiples of 8")
@@ -135,14 +130,6 @@ def check(args: Namespace, parser: Parser) -> None:
              f"{args.feature_network} given, but the package {package} is not installed")  # fmt: skip
     need(not os.path.exists(args.output_dir) or os.path.isdir(args.output_dir), "--output_dir",
          f"{args.output_dir!r} is a file; allowed: a folder, or a path that does not exist yet")  # fmt: skip
-
-
-def split_label(value: str) -> tuple[str, str]:
-    """(label, source) of `label=source`; the label of a source alone is the last part of its path."""
-    label, equals, source = value.partition("=")
-    if equals and not os.path.exists(value):
-        return label, source
-    return os.path.basename(os.path.abspath(value)), value
 
 
 def evaluate(args: Namespace) -> None:

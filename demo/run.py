@@ -14,6 +14,7 @@ Options that are not listed below go to the training script: `python demo/run.py
 """
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
@@ -216,6 +217,17 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     picture_grid(pictures, SHOWN, labels, cell_size=96, group_gap=starts).save(path)
 
 
+def playground_lines(folder: str, students: list[str]) -> str:
+    """How to draw with what was trained, while typing; `folder` is absolute, `students` are names in STUDENTS."""
+    place = os.path.relpath(folder) if Path(folder).is_relative_to(Path.cwd()) else folder
+    trained = [f"{name}={Path(place, STUDENTS[name][0]).parent}" for name in students]
+    command = ["python", os.path.relpath(ROOT / "playground.py")]
+    command += ["--pretrained_teacher_model", os.path.relpath(HERE / "teacher"), "--trained", *trained]
+    command += ["--guidance_scale", f"{GUIDANCE_SCALE:g}"]
+    needed = "" if importlib.util.find_spec("gradio") else 'pip install "gradio>=6.17.3"\n'
+    return f"To draw while you type:\n{needed}{shlex.join(command)}"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -247,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (folder / "rows.json").write_text(json.dumps(numbers, indent=1))
     print(f"\n{as_markdown(shown)}\n\n{folder}/comparison.png: the pictures; {folder}/table.md: every sampler")
     print(f"{time.perf_counter() - started:.0f} seconds in all")
+    print(f"\n{playground_lines(args.output_dir, students)}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The order in the side bar.
 PAGES = [
     *("demo/README", "docs/data", "docs/targets", "docs/options", "docs/simpletuner", "docs/evaluation"),
+    "docs/playground",
     *("docs/resuming", "docs/memory", "docs/performance", "docs/inference", "docs/differences", "docs/faults"),
     *("docs/house", "CONTRIBUTING", "CHANGELOG"),
 ]

@@ -32,8 +32,10 @@ MAY_IMPORT = {
     "lcm.session": RUN,
     "lcm.precompute": MADE_OF,
     "lcm.drawing": DRAWN | {"lcm.evaluation"},
+    "lcm.playground": RUN | {"lcm.evaluation"},
     "lcm.simulation": RUN | {"lcm.session"},
-    "command": RUN | {"lcm.session", "lcm.precompute", "lcm.drawing", "lcm.evaluation", "lcm.simulation"},
+    "command": RUN
+    | {"lcm.session", "lcm.precompute", "lcm.drawing", "lcm.evaluation", "lcm.playground", "lcm.simulation"},
 }
 STANDARD_LIBRARY_ONLY = {*BASE, "lcm.options"}
 

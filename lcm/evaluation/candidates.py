@@ -90,23 +90,27 @@ def has_file(source: str, name: str, cache_dir: str | None) -> bool:
         raise UserError(f"--trained: {source!r} {reason}") from error
 
 
-def find_trained(pipeline: diffusers.DiffusionPipeline, args: Namespace, label: str, source: str) -> Trained:
-    """The trained network in an output folder, a checkpoint, a U-Net's own folder or a Hub repository.
-
-    Raises UserError if there is none, if it does not fit the teacher, or if its grid has fewer points than
-    --num_inference_steps.
-    """
+def locate_trained(args: Namespace, source: str) -> str | None:
+    """The `Trained.subfolder` of the network in an output folder, a checkpoint, a U-Net's own folder or a Hub
+    repository. Raises UserError if there is no network."""
     has = partial(has_file, source, cache_dir=args.cache_dir)
-    subfolder = None
-    if not has(DIFFUSERS_FILE):
-        subfolders = {"unet_target": "unet_target/config.json", "": "config.json", "unet": "unet/config.json"}
-        subfolder = next((name for name, config in subfolders.items() if has(config)), None)
-        if subfolder is None:
-            raise UserError(
-                f"--trained: {source!r} holds neither {DIFFUSERS_FILE} nor a U-Net (unet_target/, or config.json); "
-                "allowed: an output folder of a training script, one of its checkpoints, or a Hub id"
-            )
-    if has("scheduler/scheduler_config.json"):
+    if has(DIFFUSERS_FILE):
+        return None
+    configs = {"unet_target": "unet_target/config.json", "": "config.json", "unet": "unet/config.json"}
+    for subfolder, config in configs.items():
+        if has(config):
+            return subfolder
+    raise UserError(
+        f"--trained: {source!r} holds neither {DIFFUSERS_FILE} nor a U-Net (unet_target/, or config.json); "
+        "allowed: an output folder of a training script, one of its checkpoints, or a Hub id"
+    )
+
+
+def open_trained(reference: diffusers.SchedulerMixin, args: Namespace, label: str, source: str) -> Trained:
+    """The trained network at `source`, with its scheduler and without its weights. Where it has no scheduler it gets
+    one with the noise schedule of `reference`, the teacher's. Raises UserError."""
+    subfolder = locate_trained(args, source)
+    if has_file(source, "scheduler/scheduler_config.json", args.cache_dir):
         place = {"subfolder": "scheduler", "cache_dir": args.cache_dir}
         sampler = find_sampler(source, **place)
         scheduler = load_pretrained(getattr(diffusers, SAMPLERS[sampler][0]), "--trained", source, **place)
@@ -114,16 +118,25 @@ def find_trained(pipeline: diffusers.DiffusionPipeline, args: Namespace, label: 
             logger.warning("--trained: the scheduler/ of %r clips latents, unlike training; this is ignored", source)
     else:
         sampler = "lcm"
-        scheduler = make_scheduler(sampler, pipeline.scheduler)
+        scheduler = make_scheduler(sampler, reference)
         grid = scheduler.config.original_inference_steps
         logger.warning("--trained: %r has no scheduler/; a grid of %d points is assumed", source, grid)
-    steps, grid = max(args.num_inference_steps), scheduler.config.original_inference_steps
+    return Trained(label, source, subfolder, sampler, scheduler)
+
+
+def find_trained(pipeline: diffusers.DiffusionPipeline, args: Namespace, label: str, source: str) -> Trained:
+    """`open_trained`, checked for `evaluate_lcm.py`.
+
+    Raises UserError also if the network does not fit the teacher, or if its grid has fewer points than
+    --num_inference_steps.
+    """
+    trained = open_trained(pipeline.scheduler, args, label, source)
+    steps, grid = max(args.num_inference_steps), trained.scheduler.config.original_inference_steps
     if steps > grid:
         raise UserError(
             f"--num_inference_steps: {steps} given, but {source!r} was trained on a grid of {grid} points; allowed: "
             f"at most {grid}"
         )
-    trained = Trained(label, source, subfolder, sampler, scheduler)
     if trained.is_lora:  # only loading it shows whether it fits
         load_trained(pipeline, trained, args)
         pipeline.unload_lora_weights()

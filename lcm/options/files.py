@@ -26,6 +26,28 @@ def read_prompts(parser: Parser, option: str, values: list[str]) -> list[str]:
     return prompts
 
 
+def split_label(value: str) -> tuple[str, str]:
+    """(label, source) of `label=source`; the label of a source alone is the last part of its path."""
+    label, equals, source = value.partition("=")
+    if equals and not os.path.exists(value):
+        return label, source
+    return os.path.basename(os.path.abspath(value)), value
+
+
+def read_labels(parser: Parser, option: str, values: list[str]) -> list[tuple[str, str]]:
+    """(label, source) of each value of `option`, which names networks beside the teacher."""
+    pairs = [split_label(value) for value in values]
+    labels = ["teacher"] + [label for label, _ in pairs]
+    duplicate = next((label for label in labels if labels.count(label) > 1), None)
+    if duplicate is not None:
+        parser.error(
+            f"{option}: two networks are called {duplicate!r}; allowed: different names, not teacher, as LABEL=FOLDER"
+        )
+    if not all(labels):
+        parser.error(f"{option}: a label is empty; allowed: LABEL=FOLDER_OR_ID, or FOLDER_OR_ID")
+    return pairs
+
+
 def existing_parent(path: str) -> str:
     """`path` if it exists, else the nearest folder above it that does."""
     path = os.path.abspath(path)

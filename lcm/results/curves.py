@@ -1,7 +1,7 @@
 """The curves of a run as a picture."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -31,8 +31,9 @@ def timesteps(name: str) -> str:
     return f"t from {int(first)} to {int(last)}"
 
 
-def draw_curves(rows: list[dict[str, Any]], path: str) -> None:
-    """Draw the rows of `metrics.jsonl` to a picture file: the loss, the loss by timestep, the gradient norm."""
+def draw_curves(rows: list[dict[str, Any]], path: str | IO[bytes]) -> None:
+    """Draw the loss, the loss by timestep and the gradient norm in rows of `metrics.jsonl`, to a picture file, or
+    to an open one as PNG."""
     from matplotlib.figure import Figure  # imported late: it takes memory, and is only needed at the end
 
     figure = Figure(figsize=(12, 3.4), dpi=100, layout="constrained")

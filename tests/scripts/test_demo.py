@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import runpy
 import shlex
@@ -15,6 +16,7 @@ from conftest import DEMO_TEACHER, ROOT
 from PIL import Image
 
 import evaluate_lcm
+import playground
 
 DEMO = ROOT / "demo"
 PICTURES = 16
@@ -46,6 +48,16 @@ def test_first_command_prints_the_table_that_it_writes(finished):
     assert len(shown) >= 9 and set(shown) <= set(table.splitlines())
     assert (folder / "comparison.png").stat().st_size > 10_000
     assert "accelerate" in printed  # it shows the command that it runs
+
+
+def test_first_command_ends_with_the_line_that_starts_the_playground(finished):
+    folder, printed = finished
+    options = shlex.split(printed.splitlines()[-1])
+    assert options[:2] == ["python", os.path.relpath(ROOT / "playground.py")]
+    assert "To draw while you type:" in printed.splitlines()[-3:]
+    args = playground.parse_args(options[2:])
+    assert os.path.samefile(args.pretrained_teacher_model, DEMO_TEACHER) and args.output_dir == args.trained[0][1]
+    assert [(name, Path(place).resolve()) for name, place in args.trained] == [("student", folder.resolve())]
 
 
 def test_teacher_meets_its_bar(finished):
