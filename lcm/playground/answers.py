@@ -17,7 +17,7 @@ from lcm.playground.run_tab import RunFolder
 from lcm.playground.shelf import TEACHER, Shelf
 from lcm.playground.sweep import draw_sweep, sweep_wishes
 from lcm.playground.turns import FIRST, Superseded, Ticket, Turns, Visitor, Visitors
-from lcm.playground.wishes import Bounds, Wish
+from lcm.playground.wishes import Bounds, Wish, a_number
 from lcm.secrets import redact
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,9 @@ def ends_with_nothing(answer: Callable[..., Iterator[str]]) -> Callable[..., Ite
         yield gr.skip()
 
     return answers
+
+
+MOST_TIME = 1e12  # milliseconds since the page was opened
 
 
 class Answers:
@@ -58,10 +61,16 @@ class Answers:
             ticket.check()
 
     @ends_with_nothing
-    def draw(self, request: gr.Request, *values: Any) -> Iterator[str]:
-        """The cards, again after each picture. The teacher, which is slow, comes last."""
+    def draw(self, request: gr.Request, time: Any, *values: Any) -> Iterator[str]:
+        """The cards, again after each picture. The teacher, which is slow, comes last. `time` is the browser's."""
         visitor = self.visitors.of(request.session_hash or "")
-        ticket = visitor.begin("cards")
+        try:
+            ticket = visitor.begin("cards", a_number("time", time, 0, MOST_TIME))
+        except Superseded:
+            return
+        except UserError as error:
+            yield show(visitor, tuple(visitor.cards), str(error))
+            return
         try:
             wish = self.bounds.read(values)
         except UserError as error:

@@ -23,6 +23,7 @@ REFRESH_SECONDS = 2  # between two looks at the folder of the run
 MOST_WAITING, MOST_AT_ONCE = 64, 32  # requests of all visitors: in Gradio's queue, and out of it
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "multiple"}
 NOT_READY = '<div class="cards"><p class="message">One moment ...</p></div>'
+WITH_TIME = "(time, ...values) => [performance.now(), ...values]"
 DICE = "() => Math.floor(Math.random() * 4294967296)"
 
 
@@ -83,7 +84,9 @@ def draw_tab(args: Namespace, shelf: Shelf, answers: Answers, page: gr.Blocks) -
     # A textbox's `input` misses the backspace key and what is pasted; a slider's `change` has its arrow keys.
     changed = [field.change for field in (prompt, negative, steps, guidance, seed, size, lora_guidance, lora_strength)]
     chosen = [shown.input, sampler.input, teacher_sampler.input, picture.input, strength.change]
-    gr.on([page.load, *changed, *chosen], answers.draw, fields, cards, concurrency_limit=MOST_AT_ONCE, **PRIVATE)
+    asked = gr.Number(visible=False)  # when, by the browser's clock
+    gr.on([page.load, *changed, *chosen], answers.draw, [asked, *fields], cards, js=WITH_TIME,
+          concurrency_limit=MOST_AT_ONCE, **PRIVATE)  # fmt: skip
     dice.click(None, None, seed, js=DICE, **PRIVATE)
     if trained:
         inputs = [*sweep_fields, *fields]

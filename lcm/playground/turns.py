@@ -22,13 +22,24 @@ class Visitor:
     """One open page: its latest request of each kind, and the cards that it shows, by network."""
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
         self.numbers = itertools.count(1)
         self.latest: dict[str, int] = {}
+        self.times: dict[str, float] = {}  # of the latest requests, by the browser's clock
         self.cards: dict[str, Any] = {}
 
-    def begin(self, kind: str) -> "Ticket":
-        """The ticket of a new request, which supersedes the visitor's earlier one of the same kind."""
-        self.latest[kind] = number = next(self.numbers)
+    def begin(self, kind: str, time: float | None = None) -> "Ticket":
+        """The ticket of a new request, which supersedes the visitor's earlier one of the same kind.
+
+        `time` is when the browser made it: requests may arrive in another order. Raises Superseded if a later one is
+        there already.
+        """
+        with self.lock:
+            if time is not None:
+                if time < self.times.get(kind, time):
+                    raise Superseded
+                self.times[kind] = time
+            self.latest[kind] = number = next(self.numbers)
         return Ticket(self, kind, number)
 
 

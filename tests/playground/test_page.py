@@ -263,8 +263,8 @@ def test_values_that_the_page_does_not_send(page, server):
     ]
     assert all(one["api_visibility"] == "private" for one in config["dependencies"])
 
-    def ask(*values):
-        body = {"data": values, "fn_index": draw["id"], "session_hash": "someone"}
+    def ask(*values, time=1):
+        body = {"data": [time, *values], "fn_index": draw["id"], "session_hash": "someone"}
         assert page.request.post(f"{server}/gradio_api/queue/join", data=body).ok
         return page.request.get(f"{server}/gradio_api/queue/data?session_hash=someone").text()
 
@@ -276,6 +276,7 @@ def test_values_that_the_page_does_not_send(page, server):
         answer = ask(*good[:place], value, *good[place + 1 :])
         assert f"{word}: " in answer or "process_completed" in answer
         assert "data:image" not in answer and "root:" not in answer
+    assert "time: " in ask(*good, time="now")
 
 
 REFUSED = [

@@ -41,6 +41,16 @@ def test_latest_request_of_each_kind_wins():
         ticket.check()
 
 
+def test_requests_that_arrive_in_another_order():
+    """The latest by the browser's clock wins."""
+    visitor = Visitor()
+    latest, other = visitor.begin("cards", 20.5), visitor.begin("sweep", 3.0)
+    with pytest.raises(Superseded):
+        visitor.begin("cards", 20.4)
+    assert latest.is_current and other.is_current
+    assert visitor.begin("cards", 20.5).is_current and not latest.is_current
+
+
 def test_a_visitor_who_leaves_is_forgotten():
     visitors = Visitors()
     ticket = visitors.of("a").begin("cards")

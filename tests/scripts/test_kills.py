@@ -2,7 +2,7 @@
 
 A moment is a forward pass, or the instant before a file or folder in the output folder is opened, made, renamed or
 removed, or one is flushed: start, steps, checkpoint writing, rotation, and the results at the end. They are counted in
-an unbroken run; then SIGKILL comes at moments spread evenly over them. KILL_MOMENTS=36 tries as many (default: 8).
+an unbroken run; then SIGKILL comes at moments spread evenly over them. KILL_MOMENTS=36 tries as many (default: 6).
 """
 
 import os
@@ -15,7 +15,7 @@ from conftest import EVERYTHING_AT_RANDOM, forked
 from lcm.models import family
 from lcm.run import progress
 
-KILL_MOMENTS = int(os.environ.get("KILL_MOMENTS", "8"))
+KILL_MOMENTS = int(os.environ.get("KILL_MOMENTS", "6"))
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 OPTIONS = [
     "--max_train_steps=5",
