@@ -153,10 +153,10 @@ def make_shards(args: Options) -> None:
         found, advice = str(read_counts(paths)), advise_shapes(sizes_of(paths))
     if state.is_main_process:
         size = sum(map(os.path.getsize, paths)) / 1e6
-        print(f"\n{found}, {size:.1f} MB. Train with:\n"
+        print(f"\n{found}. {size:.1f} MB. Train with:\n"
               f'--train_shards_path_or_url="{brace_range(args.output_dir, len(paths))}"')  # fmt: skip
         if advice:
-            print(f"To crop less than squares do:\n{advice}")
+            print(f"Squares would crop much of them. These shapes crop less:\n{advice}")
     state.destroy_process_group()
 
 

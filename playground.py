@@ -109,8 +109,6 @@ def is_run(folder: str) -> bool:
 
 def play(args: Namespace) -> None:
     """Serve the page until Ctrl-C. Raises UserError."""
-    # Threads that wait busily take the cores from the browser: on two cores a picture takes several times longer.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from lcm.playground.page import serve
 
     serve(args)

@@ -6,9 +6,9 @@ Writes FOLDER/sd15, FOLDER/sdxl and FOLDER/sdxl-vae-fp16-fix. A dry run reads no
 tokenizers; those of the demo's teacher stand in, padded to 77 tokens.
 """
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,4 +97,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where they are written")
+    folder = parser.parse_args().folder
+    main(folder)
+    print(f"Wrote {', '.join(str(path) for path in sorted(folder.iterdir()) if path.is_dir())}")

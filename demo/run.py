@@ -221,7 +221,9 @@ def playground_lines(folder: str, students: list[str]) -> str:
     """How to draw with what was trained, while typing; `folder` is absolute, `students` are names in STUDENTS."""
     place = os.path.relpath(folder) if Path(folder).is_relative_to(Path.cwd()) else folder
     trained = [f"{name}={Path(place, STUDENTS[name][0]).parent}" for name in students]
-    command = ["python", os.path.relpath(ROOT / "playground.py")]
+    own = ROOT / ".venv" / "bin" / "python"  # of `make demo`, which need not be activated
+    python = os.path.relpath(own) if Path(sys.prefix) == ROOT / ".venv" and own.exists() else "python"
+    command = [python, os.path.relpath(ROOT / "playground.py")]
     command += ["--pretrained_teacher_model", os.path.relpath(HERE / "teacher"), "--trained", *trained]
     command += ["--guidance_scale", f"{GUIDANCE_SCALE:g}"]
     needed = "" if importlib.util.find_spec("gradio") else 'pip install "gradio>=6.17.3"\n'
@@ -257,7 +259,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     (folder / "table.md").write_text(as_markdown(rows) + "\n")
     numbers = [{name: value for name, value in row.items() if name != "pictures"} for row in rows]
     (folder / "rows.json").write_text(json.dumps(numbers, indent=1))
-    print(f"\n{as_markdown(shown)}\n\n{folder}/comparison.png: the pictures; {folder}/table.md: every sampler")
+    print(
+    print(f"\n{as_markdown(shown)}\n")
+    print(f"{folder}/comparison.png: the pictures; {folder}/table.md: the same table, by network")
+    )
     print(f"{time.perf_counter() - started:.0f} seconds in all")
     print(f"\n{playground_lines(args.output_dir, students)}")
 

@@ -29,6 +29,8 @@ def run(
     # Warnings of the libraries at import, about torchvision or kernels that are missing, do not matter here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # Threads of a CPU that wait busily for each other make a step many times slower where other work runs beside.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         at_end = train(args)

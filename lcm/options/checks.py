@@ -32,6 +32,8 @@ def parse(parser: Parser, argv: list[str] | None = None) -> Options:
         if not condition:
             parser.error(f"{option}: {message}")
 
+    need(importlib.util.find_spec("torch"), parser.prog,
+         "the package torch is not installed; allowed: an environment with the packages of requirements.txt")
     sources = [f"--{name}" for name in SOURCES if getattr(args, name) is not None]
     need(sources, f"--{SOURCES[0]}", f"required, but not given; allowed: that, or --{' or --'.join(SOURCES[1:])}")
     need(len(sources) == 1, (sources or [""])[-1], f"given beside {(sources or [''])[0]}; allowed: one of the two")

@@ -82,7 +82,7 @@ class Drawing:
                 words.append(f"{steps} steps, since its grid has {steps} points")
         if network.guidance and not network.guidance[0] <= scale <= network.guidance[1]:
             low, high = network.guidance
-            words.append(f"guidance {scale:g} is outside {low:g} to {high:g}, which fits its training")
+            words.append(f"guidance {scale:g} is outside the range that fits its training, {low:g} to {high:g}")
         if wish.negative_prompt and (self.shelf.takes_guidance(label) or scale == 1):
             words.append("the negative prompt has no effect here")
         return steps, scale, words

@@ -15,6 +15,7 @@ from lcm.options.checks import target_in_words
 from lcm.options.plan import Plan
 from lcm.options.types import Options
 
+PAPERS = {"lcm": "2310.04378", "phased": "2405.18407", "trajectory": "2402.19159"}  # of each target
 WIDGET_PROMPTS = 12  # the most that the Hub's page offers
 # Names of folders that say nothing about the model in them.
 GENERIC_NAMES = r"teacher|models?|unet|base|sd|sdxl|output|results?|diffusers|pretrained|checkpoint(-\d+)?|[\W\d]+"
@@ -47,6 +48,11 @@ def base_licence(args: Options) -> str | None:
 def mark(kind: str) -> str:
     """The line that marks a report as ours: `kind` is model_card or evaluation."""
     return f"<!-- {kind}: the next one in this folder replaces this file -->"
+
+
+def paper(target: str) -> str:
+    """A link to the paper of a `--target`."""
+    return f"[arXiv {PAPERS[target]}](https://arxiv.org/abs/{PAPERS[target]})"
 
 
 def report_name(folder: str, kind: str) -> str:
@@ -186,6 +192,7 @@ def model_card(
         pages = ", ".join(f"[{number}]({address})" for number, address in enumerate(others, 2))
         validation += f"\nThe other pages of them: {pages}.\n"
     curves = "".join(f"\n![Curves of the training]({address})\n" for address in pictures["training"])
+    other = "" if args.target == "lcm" else f", to the target `{target_in_words(args)}` ({paper(args.target)}),"
     measured = "" if results is None else shown(evaluation_text(results))
     return ModelCard(f"""\
 ---
@@ -195,7 +202,7 @@ def model_card(
 # {networks.title} of {teacher_name(args)}
 
 {networks.card_text()} It was distilled from {teacher_name(args)} with latent consistency distillation
-([arXiv 2310.04378](https://arxiv.org/abs/2310.04378)) and falls under the licence of that model.
+({paper("lcm")}){other} and falls under the licence of that model.
 {validation}
 ## How to use it
 

@@ -148,8 +148,11 @@ def test_a_picture_to_start_from(drawing, label):
 
 
 def test_words_about_what_does_not_fit(drawing):
-    assert "guidance 5 is outside 2 to 4" in draw(drawing, "student", wish(guidance_scale=5)).words[0]
-    assert "outside 1 to 2" in draw(drawing, "LoRA", wish(lora_guidance_scale=3)).words[0]
+    assert (
+        "guidance 5 is outside the range that fits its training, 2 to 4"
+        in draw(drawing, "student", wish(guidance_scale=5)).words[0]
+    )
+    assert "its training, 1 to 2" in draw(drawing, "LoRA", wish(lora_guidance_scale=3)).words[0]
     assert draw(drawing, "teacher", wish(guidance_scale=9)).words == ()
     many = draw(drawing, "student", wish(steps=16))
     assert many.steps == GRID and many.words == (f"{GRID} steps, since its grid has {GRID} points",)

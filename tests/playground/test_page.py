@@ -198,7 +198,9 @@ def test_sliders_seed_and_words(page, expected):
     assert is_near(pixels(card(page, "student", NIGHT)), expected("student", NIGHT, steps=3))
     assert page.locator(".word").count() == 0
     page.locator("#guidance input[type=range]").fill("6")
-    page.locator('.card[data-network="student"] .word').get_by_text("guidance 6 is outside 2 to 4").wait_for()
+    page.locator('.card[data-network="student"] .word').get_by_text(
+        "guidance 6 is outside the range that fits its training, 2 to 4"
+    ).wait_for()
     assert page.locator('.card[data-network="teacher"] .word').count() == 0
     page.locator("#dice").click()
     wait_until(lambda: page.locator("#seed input").input_value() != "0")
