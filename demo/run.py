@@ -259,10 +259,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     (folder / "table.md").write_text(as_markdown(rows) + "\n")
     numbers = [{name: value for name, value in row.items() if name != "pictures"} for row in rows]
     (folder / "rows.json").write_text(json.dumps(numbers, indent=1))
-    print(
     print(f"\n{as_markdown(shown)}\n")
     print(f"{folder}/comparison.png: the pictures; {folder}/table.md: the same table, by network")
-    )
     print(f"{time.perf_counter() - started:.0f} seconds in all")
     print(f"\n{playground_lines(args.output_dir, students)}")
 
