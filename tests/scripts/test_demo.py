@@ -53,7 +53,8 @@ def test_first_command_prints_the_table_that_it_writes(finished):
 def test_first_command_ends_with_the_line_that_starts_the_playground(finished):
     folder, printed = finished
     options = shlex.split(printed.splitlines()[-1])
-    assert options[:2] == ["python", os.path.relpath(ROOT / "playground.py")]
+    of_make = os.path.relpath(ROOT / ".venv" / "bin" / "python") if Path(sys.prefix) == ROOT / ".venv" else "python"
+    assert options[:2] == [of_make, os.path.relpath(ROOT / "playground.py")]
     assert "To draw while you type:" in printed.splitlines()[-3:]
     args = playground.parse_args(options[2:])
     assert os.path.samefile(args.pretrained_teacher_model, DEMO_TEACHER) and args.output_dir == args.trained[0][1]
