@@ -4,8 +4,9 @@ import contextlib
 import functools
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
+from time import sleep
 from typing import Any
 
 import gradio as gr
@@ -16,7 +17,7 @@ from lcm.playground.drawing import Drawing
 from lcm.playground.run_tab import RunFolder
 from lcm.playground.shelf import TEACHER, Shelf
 from lcm.playground.sweep import draw_sweep, sweep_wishes
-from lcm.playground.turns import FIRST, Superseded, Ticket, Turns, Visitor, Visitors
+from lcm.playground.turns import FIRST, PATIENCE, Superseded, Ticket, Turns, Visitor, Visitors
 from lcm.playground.wishes import Bounds, Wish, a_number
 from lcm.secrets import redact
 
@@ -66,11 +67,23 @@ class Answers:
         visitor = self.visitors.of(request.session_hash or "")
         try:
             ticket = visitor.begin("cards", a_number("time", time, 0, MOST_TIME))
-        except Superseded:
-            return
         except UserError as error:
             yield show(visitor, tuple(visitor.cards), str(error))
             return
+        with visitor.answering():
+            page, is_alone = "", True
+            for page in self.draw_cards(visitor, ticket, values):
+                is_alone = visitor.num_answers == 1
+                yield page
+            if not is_alone:  # Gradio may have sent what an earlier request answered after this
+                while visitor.num_answers > 1:
+                    ticket.check()
+                    sleep(PATIENCE)
+                ticket.check()
+                yield page
+
+    def draw_cards(self, visitor: Visitor, ticket: Ticket, values: Sequence[Any]) -> Iterator[str]:
+        """The cards for the values of the page's fields. Raises Superseded."""
         try:
             wish = self.bounds.read(values)
         except UserError as error:

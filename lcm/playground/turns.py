@@ -27,6 +27,18 @@ class Visitor:
         self.latest: dict[str, int] = {}
         self.times: dict[str, float] = {}  # of the latest requests, by the browser's clock
         self.cards: dict[str, Any] = {}
+        self.num_answers = 0  # requests for cards that have not ended, superseded ones too
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Count a request for cards among those that have not ended."""
+        with self.lock:
+            self.num_answers += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.num_answers -= 1
 
     def begin(self, kind: str, time: float | None = None) -> "Ticket":
         """The ticket of a new request, which supersedes the visitor's earlier one of the same kind.

@@ -223,10 +223,13 @@ def test_networks_are_chosen(page):
 def test_sweep_and_its_download(page, expected, tmp_path):
     prompt_of(page).fill(NIGHT)
     page.get_by_role("button", name="Sweep: steps x guidance").click()
-    page.locator("#sweep-steps textarea, #sweep-steps input").fill("1, 2, 99")
+    field = page.locator("#sweep-steps textarea, #sweep-steps input")
+    field.fill("1, 2, 99")
+    field.press("Tab")
     page.locator("#sweep-draw").click()
     page.get_by_text("sweep's steps: 99 given; allowed: a whole number from 1 to 16").wait_for()
-    page.locator("#sweep-steps textarea, #sweep-steps input").fill("1, 2")
+    field.fill("1, 2")
+    field.press("Tab")
     page.locator("#sweep-draw").click()
     with page.expect_download() as download:
         page.get_by_text("Download the grid").click()
