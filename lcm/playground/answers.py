@@ -1,5 +1,6 @@
 """What the page answers when one of its fields changes."""
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -174,6 +175,17 @@ class Answers:
         if not steps or not isinstance(position, (int, float)):
             return ""
         return self.run.validation_html(steps[min(max(int(position), 1), len(steps)) - 1])
+
+    async def stay(self, request: gr.Request) -> None:
+        """A request that has no answer for as long as the page is open.
+
+        Gradio closes a page's connection after the last answer. If the page asks for more at this very moment, it waits
+        at the closed one for ever. With this request there is no last answer.
+        """
+        session = request.session_hash or ""
+        visitor = self.visitors.of(session)
+        while self.visitors.found.get(session) is visitor:
+            await asyncio.sleep(1)
 
     def leave(self, request: gr.Request) -> None:
         """Stop drawing for a visitor who has closed the page."""

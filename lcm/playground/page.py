@@ -1,6 +1,7 @@
 """The Gradio page: its fields, their limits, and the server."""
 
 import os
+import threading
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lcm.options.choices import STUDENT_SAMPLERS
 from lcm.playground.answers import Answers
 from lcm.playground.guard import LOCAL_HOST, Guard
 from lcm.playground.shelf import Shelf
+from lcm.playground.turns import MOST_VISITORS
 from lcm.playground.wishes import AS_TRAINED, MOST_LETTERS, MOST_STEPS, MOST_STRENGTH, TEACHER_SAMPLERS
 
 HERE = Path(__file__).parent
@@ -139,6 +141,7 @@ def make_page(args: Namespace, shelf: Shelf) -> gr.Blocks:
             draw_tab(args, shelf, answers, page)
         with gr.Tab("The run"):
             run_tab(answers)
+        page.load(answers.stay, concurrency_limit=MOST_VISITORS, **PRIVATE)
         page.unload(answers.leave)
     page.queue(max_size=MOST_WAITING, api_open=False)
     return page
@@ -161,7 +164,8 @@ def serve(args: Namespace, wait: bool = True) -> gr.Blocks:
             allowed_paths=[],
             max_file_size=1,
             app_kwargs={"middleware": [Middleware(Guard, is_local=is_local)]},
-            state_session_capacity=MOST_WAITING,
+            state_session_capacity=MOST_VISITORS,
+            max_threads=MOST_VISITORS + 2 * MOST_AT_ONCE,  # requests at once, those of `stay` too
             enable_monitoring=False,
             ssr_mode=False,
             pwa=False,
@@ -175,5 +179,5 @@ def serve(args: Namespace, wait: bool = True) -> gr.Blocks:
         raise UserError(f"--port: {first_line(error)}") from error
     print(f"The playground is at {public or address}  (Ctrl-C stops it)", flush=True)
     if wait:
-        page.block_thread()
+        threading.Event().wait()  # Gradio's own wait takes seconds to end while pages are open
     return page

@@ -1,6 +1,7 @@
 """The page in a real browser, headless, with a real server: type, wait, look at the pixels.
 
-Every page of these tests is checked at its end: no error in it, and no request to any other machine.
+Every page of these tests is checked at its end: no error in it, no request to any other machine, and one connection
+for all answers.
 """
 
 import base64
@@ -98,6 +99,8 @@ def new_page(browser, server):
         context.close()
         hosts = {urlsplit(url).hostname for url in found["requests"] if not url.startswith(("data:", "blob:"))}
         assert hosts == LOCAL and not found["errors"] and not found["refused"], found
+        connections = sum("/queue/data" in url for url in found["requests"])
+        assert connections == 1, "the connection of answers was closed: a request at that moment would have been lost"
 
 
 @pytest.fixture
