@@ -179,8 +179,8 @@ class Answers:
     async def stay(self, request: gr.Request) -> None:
         """A request that has no answer for as long as the page is open.
 
-        Gradio closes a page's connection after the last answer. If the page asks for more at this very moment, it waits
-        at the closed one for ever. With this request there is no last answer.
+        Gradio closes a page's connection after the last answer. If the page asks for more at this very moment, it
+        waits at the closed one for ever. With this request there is no last answer.
         """
         session = request.session_hash or ""
         visitor = self.visitors.of(session)
