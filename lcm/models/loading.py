@@ -1,6 +1,8 @@
 """Parts of a pretrained model, from a folder or the Hub; any failure to load them becomes a UserError."""
 
+import difflib
 import json
+import os
 from argparse import Namespace
 from typing import Any
 
@@ -24,6 +26,16 @@ def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
 
 
+def close_folder(source: str) -> str:
+    """A question, for the end of an error, if `source` is no folder and one beside it has nearly this name."""
+    parent = os.path.dirname(source) or "."
+    if os.path.isdir(source) or not os.path.isdir(parent):
+        return ""
+    folders = [name for name in os.listdir(parent) if os.path.isdir(os.path.join(parent, name))]
+    close = difflib.get_close_matches(os.path.basename(source), folders, n=1)
+    return f" Did you mean the folder {os.path.join(os.path.dirname(source), close[0])!r}?" if close else ""
+
+
 def load_pretrained(loader: Any, option: str, source: str, **kwargs: Any) -> Any:
     """`loader.from_pretrained(source, **kwargs)`.
 
@@ -42,7 +54,7 @@ def load_pretrained(loader: Any, option: str, source: str, **kwargs: Any) -> Any
     try:
         part = loader.from_pretrained(source, **kwargs)
     except Exception as error:  # the libraries raise nearly anything for a broken folder
-        raise UserError(f"{option}: cannot load {where}: {first_line(error)}") from error
+        raise UserError(f"{option}: cannot load {where}: {first_line(error)}{close_folder(source)}") from error
     if has_weights:
         part, info = part
         if info["missing_keys"]:  # the libraries would initialise them at random
@@ -71,7 +83,8 @@ def load_config(loader: Any, args: Namespace, subfolder: str | None = None) -> d
             revision=args.teacher_revision or args.revision,
         )
     except Exception as error:
-        raise UserError(f"{TEACHER}: cannot load {where}: {first_line(error)}") from error
+        close = close_folder(args.pretrained_teacher_model)
+        raise UserError(f"{TEACHER}: cannot load {where}: {first_line(error)}{close}") from error
     if not isinstance(config, dict):
         raise UserError(f"{TEACHER}: cannot load {where}: its JSON is a {type(config).__name__}, not an object")
     return config

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lcm.models.loading import DTYPE
 from lcm.models.lora_files import DIFFUSERS_FILE
-from lcm.options.checks import default_guidance_scale, student_sampler
+from lcm.options.checks import default_guidance_scale, span, student_sampler
 from lcm.options.choices import SAMPLERS
 from lcm.options.types import Options
 
@@ -37,6 +37,11 @@ class Machine:
         return f"# Without a GPU: torch.float32 in place of torch.float16, and no {self.move}."
 
 
+def shown_steps(args: Options) -> int:
+    """The number of steps of the validation pictures that is next to 4."""
+    return min(args.validation_num_inference_steps, key=lambda steps: abs(steps - 4))
+
+
 def unet_code(args: Options, teacher: str, source: str, folder: str | None, machine: Machine) -> str:
     """Code for the U-Net in a `folder` of `source`, or for `folder` None in `source` itself.
 
@@ -46,7 +51,7 @@ def unet_code(args: Options, teacher: str, source: str, folder: str | None, mach
     where += ', variant="fp16"' if machine.device != "cpu" else ""
     scale, scheduler = default_guidance_scale(args), SAMPLERS[student_sampler(args)][0]
     low, high = args.w_min + 1, args.w_max + 1
-    guidance = f"Trained for guidance scales from {low:g} to {high:g}; a negative prompt has no effect."
+    guidance = f"Trained for guidance_scale {span(low, high)}; a negative prompt has no effect."
     if args.unet_time_cond_proj_dim is None:
         guidance = WITHOUT_GUIDANCE
     return f"""\
@@ -62,7 +67,7 @@ pipeline = DiffusionPipeline.from_pretrained(
 
 # {guidance}
 prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
-image = pipeline(prompt, num_inference_steps={min(4, args.num_ddim_timesteps)}, guidance_scale={scale:g}).images[0]
+image = pipeline(prompt, num_inference_steps={shown_steps(args)}, guidance_scale={scale:g}).images[0]
 image.save("lcm.png")
 """
 
@@ -84,6 +89,6 @@ pipeline.load_lora_weights("{source}", weight_name="{DIFFUSERS_FILE}")
 
 # {guidance}
 prompt = {json.dumps(args.validation_prompts[0], ensure_ascii=False)}
-image = pipeline(prompt, num_inference_steps={min(4, args.num_ddim_timesteps)}, guidance_scale=1).images[0]
+image = pipeline(prompt, num_inference_steps={shown_steps(args)}, guidance_scale=1).images[0]
 image.save("lcm.png")
 """

@@ -6,9 +6,9 @@ import sys
 
 from lcm.options.choices import ADAM, LR_SCHEDULES, LR_SHAPE, OPTIMIZERS, RUN_NAMES, TRACKERS
 from lcm.options.config import expand
-from lcm.options.files import existing_parent, find_checkpoint, is_repository_name, read_prompts, repository_name
+from lcm.options.files import existing_parent, find_checkpoint, read_prompts, repository_name
 from lcm.options.shapes import AUTO, bucket_shapes
-from lcm.options.types import Options, Parser
+from lcm.options.types import Options, Parser, is_repository_name
 from lcm.secrets import redact_arguments
 
 # Options whose defaults an optimizer may replace.
@@ -141,6 +141,11 @@ def student_sampler(args: Options) -> str:
     A single phase, like LCM, always lands at the clean picture. Noise is then added again for the next step.
     """
     return "lcm" if args.target == "lcm" or args.num_phases[-1:] == [1] else "tcd"
+
+
+def span(low: float, high: float) -> str:
+    """`3 to 4`, or `3` if both are the same."""
+    return f"{low:g} to {high:g}" if low < high else f"{low:g}"
 
 
 def default_guidance_scale(args: Options) -> float:

@@ -1,7 +1,6 @@
 """Options that name files, folders and repositories."""
 
 import os
-import re
 
 from lcm.options.types import Options, Parser
 
@@ -64,9 +63,3 @@ def find_checkpoint(output_dir: str, name: str) -> str | None:
 def repository_name(args: Options) -> str:
     """The repository to push to."""
     return args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
-
-
-def is_repository_name(name: str) -> bool:
-    """Whether a repository on the Hub can have this name, with or without an owner."""
-    fits = re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?", name, re.ASCII)
-    return bool(fits) and not re.search(r"--|\.\.|\.git$", name)

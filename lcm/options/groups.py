@@ -18,7 +18,7 @@ from lcm.options.choices import (
     VALIDATION_PROMPTS,
 )
 from lcm.options.shapes import buckets
-from lcm.options.types import Parser, integer, names, number, ranks, sizes, text
+from lcm.options.types import Parser, integer, model, names, number, ranks, sizes, text
 
 Group = argparse._ArgumentGroup
 
@@ -29,9 +29,9 @@ def add_model_options(parser: Parser, required: bool = True) -> Group:
     add("--config", type=text, metavar="FILE",
         help="A YAML, TOML or JSON file with options, by name without the dashes; those on the command line win. Also "
              "a checkpoint's training_state.json.")
-    add("--pretrained_teacher_model", type=text, required=required, metavar="ID_OR_FOLDER",
+    add("--pretrained_teacher_model", type=model, required=required, metavar="ID_OR_FOLDER",
         help="The model to distil: a Hub id or a local folder in the layout of diffusers.")
-    add("--pretrained_vae_model_name_or_path", type=text, metavar="ID_OR_FOLDER",
+    add("--pretrained_vae_model_name_or_path", type=model, metavar="ID_OR_FOLDER",
         help="A VAE to use instead of the teacher's own, at its default revision.")
     add("--teacher_revision", type=text, metavar="REV",
         help="Revision (branch, tag or commit) of the teacher on the Hub, for all of its parts.")

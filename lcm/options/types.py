@@ -136,6 +136,19 @@ def text(value: str) -> str:
     return value
 
 
+def is_repository_name(name: str) -> bool:
+    """Whether a repository on the Hub can have this name, with or without an owner."""
+    fits = re.fullmatch(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?", name, re.ASCII)
+    return bool(fits) and not re.search(r"--|\.\.|\.git$", name)
+
+
+def model(value: str) -> str:
+    """An argparse type: a folder, or a name that a repository on the Hub can have."""
+    if not os.path.isdir(value) and not is_repository_name(value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not a folder; allowed: a folder, or an id on the Hub")
+    return value
+
+
 def names(value: str) -> str:
     """An argparse type: names joined by commas; returned as given."""
     if not all(name.strip() for name in value.split(",")):

@@ -38,6 +38,14 @@ def in_seconds(seconds: float) -> str:
     return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
+def ago(seconds: float) -> str:
+    """just now, 12 s ago, 12 minutes ago, 12 hours ago, 12 days ago."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{in_seconds(seconds)} ago" if seconds >= 1 else "just now"
+
+
 def make_card(drawn: Drawn, prompt: str) -> Card:
     """The card of a picture that has just been drawn."""
     steps = f"{drawn.steps} step{'s' * (drawn.steps > 1)}"
@@ -47,9 +55,9 @@ def make_card(drawn: Drawn, prompt: str) -> Card:
 
 def show(visitor: Visitor, networks: tuple[str, ...], message: str = "") -> str:
     """The cards of a visitor's networks, in their order, below a message."""
-    parts = [f'<p class="message" role="status">{escape(message)}</p>'] if message else []
-    parts += [card_html(name, visitor.cards.get(name, Card())) for name in networks]
-    return f'<div class="cards">{"".join(parts)}</div>'
+    above = f'<p class="message" role="status">{escape(message)}</p>' if message else ""
+    cards = "".join(card_html(name, visitor.cards.get(name, Card())) for name in networks)
+    return f'{above}<div class="cards">{cards}</div>'
 
 
 def card_html(name: str, card: Card) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from lcm.errors import UserError, first_line
 from lcm.evaluation.sampling import picture_generator, starting_noise
+from lcm.options.checks import span
 from lcm.playground.shelf import TEACHER, Shelf
 from lcm.playground.turns import LAST, Ticket, Turns
 from lcm.playground.wishes import Wish
@@ -82,7 +83,7 @@ class Drawing:
                 words.append(f"{steps} steps, since its grid has {steps} points")
         if network.guidance and not network.guidance[0] <= scale <= network.guidance[1]:
             low, high = network.guidance
-            words.append(f"guidance {scale:g} is outside the range that fits its training, {low:g} to {high:g}")
+            words.append(f"guidance {scale:g} is outside the range that fits its training, {span(low, high)}")
         if wish.negative_prompt and (self.shelf.takes_guidance(label) or scale == 1):
             words.append("the negative prompt has no effect here")
         return steps, scale, words

@@ -1,5 +1,6 @@
 """The Gradio page: its fields, their limits, and the server."""
 
+import json
 import os
 import threading
 from argparse import Namespace
@@ -12,6 +13,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from lcm.errors import UserError, first_line
+from lcm.options.checks import span
 from lcm.options.choices import STUDENT_SAMPLERS
 from lcm.playground.answers import Answers
 from lcm.playground.guard import LOCAL_HOST, Guard
@@ -21,18 +23,29 @@ from lcm.playground.wishes import AS_TRAINED, MOST_LETTERS, MOST_STEPS, MOST_STR
 
 HERE = Path(__file__).parent
 FONTS, FIXED_FONTS = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # Gradio's own come from another site
+MOST_EXAMPLES = 4  # prompts to choose from, those with which the networks were validated
 REFRESH_SECONDS = 2  # between two looks at the folder of the run
 MOST_WAITING, MOST_AT_ONCE = 64, 32  # requests of all visitors: in Gradio's queue, and out of it
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "multiple"}
-NOT_READY = '<div class="cards"><p class="message">One moment ...</p></div>'
+NOT_READY = '<p class="message">One moment ...</p>'
 WITH_TIME = "(time, ...values) => [performance.now(), ...values]"
 DICE = "() => Math.floor(Math.random() * 4294967296)"
+
+
+def slider(*args: Any, **kwargs: Any) -> gr.Slider:
+    """A slider whose limits hold for its handle. What is typed beside it goes to the server, which says what is wrong.
+
+    Gradio's own check names no field. A subclass would not do: Gradio writes a file beside the module of each.
+    """
+    made = gr.Slider(*args, **kwargs)
+    made.preprocess = lambda payload: payload  # type: ignore[method-assign]
+    return made
 
 
 def words_about(shelf: Shelf) -> str:
     """The guidance scales that fit the training of each whole U-Net, as one line; empty if none is known."""
     found = [(network.label, *network.guidance) for network in shelf.networks.values() if network.guidance]
-    texts = [f"{label}: {low:g} to {high:g}" for label, low, high in found if not shelf.networks[label].is_lora]
+    texts = [f"{label}: {span(low, high)}" for label, low, high in found if not shelf.networks[label].is_lora]
     return f"trained for {', '.join(texts)}" if texts else ""
 
 
@@ -44,9 +57,14 @@ def draw_tab(args: Namespace, shelf: Shelf, answers: Answers, page: gr.Blocks) -
     fits = [network.guidance[1] for network in shelf.networks.values() if network.guidance and not network.is_lora]
     examples = [prompt for network in shelf.networks.values() for prompt in network.prompts]
     prompt = gr.Textbox(
-        label="Prompt", elem_id="prompt", placeholder=f"Such as: {examples[0]}" if examples else "What to draw",
+        label="Prompt", elem_id="prompt", placeholder="What to draw",
         max_length=MOST_LETTERS, autofocus=True,
     )  # fmt: skip
+    if examples:
+        with gr.Row(elem_id="examples"):
+            for text in list(dict.fromkeys(examples))[:MOST_EXAMPLES]:
+                button = gr.Button(text, size="sm", min_width=0)
+                button.click(None, None, prompt, js=f"() => {json.dumps(text)}", **PRIVATE)
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=300):
             cards = gr.HTML(NOT_READY, elem_id="cards")
@@ -55,13 +73,13 @@ def draw_tab(args: Namespace, shelf: Shelf, answers: Answers, page: gr.Blocks) -
                     "", html_template=(HERE / "sketch.html").read_text(), js_on_load=(HERE / "sketch.js").read_text(),
                     elem_id="sketch",
                 )  # fmt: skip
-                strength = gr.Slider(0.1, 1, 0.6, step=0.05, label="Change", elem_id="strength",
+                strength = slider(0.1, 1, 0.6, step=0.05, label="Change", elem_id="strength",
                                      info="how much is new; 1 leaves nothing of the picture")  # fmt: skip
             if trained:
                 sweep, sweep_fields, grid = sweep_part(shelf, trained, scale)
         with gr.Column(scale=2, min_width=280):
-            steps = gr.Slider(1, MOST_STEPS, 2, step=1, label="Steps", info="of the trained networks", elem_id="steps")
-            guidance = gr.Slider(1, max(1.5 * max(fits, default=10), 6), scale, step=0.1, label="Guidance",
+            steps = slider(1, MOST_STEPS, 2, step=1, label="Steps", info="of the trained networks", elem_id="steps")
+            guidance = slider(1, max(1.5 * max(fits, default=10), 6), scale, step=0.1, label="Guidance",
                                  elem_id="guidance", info=words_about(shelf))  # fmt: skip
             with gr.Row(equal_height=True):
                 seed = gr.Number(args.seed, precision=0, label="Seed", elem_id="seed", min_width=120, scale=3)
@@ -72,11 +90,12 @@ def draw_tab(args: Namespace, shelf: Shelf, answers: Answers, page: gr.Blocks) -
                     label="Negative prompt", elem_id="negative", max_length=MOST_LETTERS,
                     info="acts on the teacher, and on LoRAs at a guidance above 1",
                 )  # fmt: skip
-                size = gr.Slider(8, args.max_size, shelf.size(args.max_size), step=8, label="Size", elem_id="size",
-                                 info="pixels a side")  # fmt: skip
-                lora_guidance = gr.Slider(1, 4, 1, step=0.1, label="Guidance of LoRAs", visible=has_loras,
+                side = shelf.size(args.max_size)
+                size = slider(8, min(4 * side, args.max_size), side, step=8, label="Size", elem_id="size",
+                              info=f"pixels a side; the teacher's own is {side}")  # fmt: skip
+                lora_guidance = slider(1, 4, 1, step=0.1, label="Guidance of LoRAs", visible=has_loras,
                                           elem_id="lora-guidance", info="1 adds none to what was learned")  # fmt: skip
-                lora_strength = gr.Slider(0, MOST_STRENGTH, 1, step=0.05, label="LoRA strength", visible=has_loras,
+                lora_strength = slider(0, MOST_STRENGTH, 1, step=0.05, label="LoRA strength", visible=has_loras,
                                           elem_id="lora-strength")  # fmt: skip
                 sampler = gr.Dropdown([AS_TRAINED, *STUDENT_SAMPLERS], label="Sampler", elem_id="sampler",
                                       info="of the trained networks")  # fmt: skip
@@ -123,8 +142,8 @@ def run_tab(answers: Answers) -> None:
     seen = gr.State(("", 0))
     facts = gr.HTML(elem_id="facts")
     curves = gr.HTML(elem_id="curves")
-    position = gr.Slider(1, 2, 1, step=1, label="Validation pictures", info="from the first to the newest",
-                         elem_id="position")  # fmt: skip
+    position = slider(1, 2, 1, step=1, label="Validation pictures", elem_id="position",
+                      info="1 is the first grid, the last one the newest")  # fmt: skip
     pictures = gr.HTML(elem_id="validation")
     outputs = [seen, facts, curves, position, pictures]
     timer = gr.Timer(REFRESH_SECONDS)

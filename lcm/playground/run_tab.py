@@ -13,9 +13,9 @@ from lcm.data.loader import stored_tally
 from lcm.data.tally import Tally
 from lcm.errors import UserError
 from lcm.pictures.validation import pages_of
-from lcm.playground.cards import data_address, in_seconds
+from lcm.playground.cards import ago, data_address
 from lcm.results.curves import draw_curves
-from lcm.results.metrics import METRICS_FILE, MetricsFile
+from lcm.results.metrics import MetricsFile
 from lcm.run.resume import list_checkpoints, read_state
 
 WIDEST = 1600  # pixels, of a grid of validation pictures on the page
@@ -43,7 +43,7 @@ class RunFolder:
         steps = self.steps()
         pages = [modified(path) for path in pages_of(self.path, steps[-1])] if steps else []
         checkpoints = list_checkpoints(self.path)
-        return repr((modified(self.metrics.path), steps, pages, checkpoints[-1:]))
+        return repr((modified(self.metrics.path), self.is_finished(), steps, pages, checkpoints[-1:]))
 
     def steps(self) -> list[int]:
         """The optimizer steps at which there are validation pictures, in order."""
@@ -78,14 +78,19 @@ class RunFolder:
             pages.append(self.pictures[key])
         return pages
 
+    def is_finished(self) -> bool:
+        """Whether the model card, which is written at the end, is newer than the metrics."""
+        return 0 < modified(self.metrics.path) <= modified(os.path.join(self.path, "README.md"))
+
     def facts(self) -> dict[str, str]:
         """What is known of the run, in words, by heading."""
         rows, checkpoints = self.metrics.read(), list_checkpoints(self.path)
-        facts = {}
+        facts = {"run": os.path.basename(os.path.abspath(self.path))}
+        if not rows and not checkpoints:
+            return {}
         if rows:
-            ago = max(0.0, time.time() - modified(os.path.join(self.path, METRICS_FILE)))
-            when = "just now" if ago < 1 else f"{in_seconds(ago)} ago" if ago < 120 else f"{ago / 60:.0f} minutes ago"
-            facts["last metrics"] = f"step {rows[-1]['step']}, {when}"
+            when = ago(time.time() - modified(self.metrics.path))
+            facts["finished" if self.is_finished() else "last metrics"] = f"step {rows[-1]['step']}, {when}"
             facts["loss"] = f"{rows[-1]['loss']:.4g}"
             facts["speed"] = f"{rows[-1]['images_per_second']:.3g} pictures/s"
         if checkpoints:
@@ -106,7 +111,7 @@ class RunFolder:
         if not facts:
             return '<p class="message">There are no metrics yet. They are written every --logging_steps.</p>'
         if "samples used" not in facts and "checkpoint" not in facts:
-            facts["samples"] = "counted at the first checkpoint"
+            facts["samples"] = f"counted at {'a' if self.is_finished() else 'the first'} checkpoint"
         items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in facts.items())
         return f'<dl class="facts">{items}</dl>'
 

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lcm.models.networks import Networks
-from lcm.options.checks import target_in_words
+from lcm.options.checks import span, target_in_words
 from lcm.options.plan import Plan
 from lcm.options.types import Options
 
@@ -177,7 +177,7 @@ def model_card(
         "resolution": args.resolution,
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}",
         "target": target_in_words(args),
-        "guidance_scale": f"{args.w_min + 1:g} to {args.w_max + 1:g} (w = {args.w_min:g} to {args.w_max:g})",
+        "guidance_scale": f"{span(args.w_min + 1, args.w_max + 1)} (w = {span(args.w_min, args.w_max)})",
         "DDIM grid": f"{args.num_ddim_timesteps} steps"
         + (f", {args.num_solver_steps} of the teacher between two points" if args.num_solver_steps > 1 else ""),
         "loss": args.loss_type + (f", c = {args.huber_c:g}" if args.loss_type == "huber" else ""),

@@ -6,7 +6,7 @@ import torch
 
 from lcm.data.config import DataConfig
 from lcm.models.networks import Networks
-from lcm.options.checks import target_in_words
+from lcm.options.checks import span, target_in_words
 from lcm.options.plan import Plan
 from lcm.options.types import Options
 from lcm_common import DDIMSolver
@@ -30,7 +30,7 @@ def describe_run(
     trainable = sum(p.numel() for p in networks.student.parameters() if p.requires_grad) / 1e6
     steps, epoch = plan.max_train_steps, plan.steps_per_epoch
     epochs = f", {steps / epoch:.3g} epochs of {epoch}" if epoch else ""
-    guidance = f"w in [{args.w_min:g}, {args.w_max:g}]: guidance_scale {args.w_min + 1:g} to {args.w_max + 1:g}"
+    guidance = f"w in [{args.w_min:g}, {args.w_max:g}]: guidance_scale {span(args.w_min + 1, args.w_max + 1)}"
     if args.w_max == 0:
         guidance = "no guidance, so one pass of the teacher"
     for line in (
@@ -38,7 +38,7 @@ def describe_run(
         f"Device: {device}, {plan.num_processes} process(es), mixed precision {plan.mixed_precision}",
         f"Batch: {args.train_batch_size} samples x {plan.num_processes} processes "
         f"x {plan.gradient_accumulation_steps} accumulated = {plan.samples_per_step} a step",
-        f"Length: {steps} steps = {steps * plan.samples_per_step} samples{epochs}",
+        f"Length: {steps} step{'s' * (steps > 1)} of {plan.samples_per_step} samples{epochs}",
         f"Data: {len(plan.shards)} shard(s), {data_config.num_streams} stream(s), {shapes_in_words(data_config)}, "
         f"seed {plan.seed}{', cached: no VAE, no text encoder' if plan.cache else ''}",
         f"Host memory for data, a process: up to {data_config.max_bytes / 1e9:.2g} GB, "

@@ -76,11 +76,11 @@ def scripts_with(option):
 # Wrong options: status 2. Each row: the option, values that are refused, values that are taken, what is said of them.
 # A row holds for every script that has the option.
 
-AT_LEAST_1, SOME_TEXT = "an integer of at least 1", "some text"
+AT_LEAST_1, SOME_TEXT, A_MODEL = "an integer of at least 1", "some text", "a folder, or an id on the Hub"
 VALUES = [
     ("config", [""], [], SOME_TEXT),
-    ("pretrained_teacher_model", ["", " "], ["some/teacher"], SOME_TEXT),
-    ("pretrained_vae_model_name_or_path", [""], ["some/vae"], SOME_TEXT),
+    ("pretrained_teacher_model", ["", " ", "./nosuch", "no/such/folder"], ["some/teacher"], A_MODEL),
+    ("pretrained_vae_model_name_or_path", ["", "/nosuch"], ["some/vae"], A_MODEL),
     ("teacher_revision", [""], ["fp16"], SOME_TEXT),
     ("revision", [""], ["main"], SOME_TEXT),
     ("cache_dir", [""], ["cache"], SOME_TEXT),
@@ -446,6 +446,11 @@ def empty_folder(place):
     return [f"{TEACHER}=empty"]
 
 
+def mistyped(place):
+    empty_folder(place)
+    return [f"{TEACHER}=emtpy"]
+
+
 UNETS = [
     ({"in_channels": 9}, "takes 9 channels and predicts 4"),  # for inpainting
     ({"time_cond_proj_dim": 16}, "a guidance embedding"),  # distilled already
@@ -481,7 +486,8 @@ SCHEDULES = [
 
 TEACHERS = [
     *(Case(f"teacher-{value}", TEACHER, f"cannot load {value!r}", (f"{TEACHER}={value}",), scripts=BOTH)
-      for value in ("nosuch", "folder/nosuch", "org/unknown", "a/b/c d")),
+      for value in ("nosuch", "folder/nosuch", "org/unknown")),
+    Case("teacher-mistyped", TEACHER, "Did you mean the folder 'empty'?", (), mistyped),
     Case("teacher-revision", TEACHER, "at revision 'v9'", (f"{TEACHER}=org/unknown", "--revision=v9")),
     Case("teacher-file", TEACHER, "cannot load 'file'", prepare=file_at("file", f"{TEACHER}=file"), scripts=BOTH),
     Case("teacher-empty-folder", TEACHER, "cannot load 'empty'", prepare=empty_folder, scripts=BOTH),

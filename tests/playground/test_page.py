@@ -218,6 +218,12 @@ def test_sliders_seed_and_words(page, expected):
     assert (before != wanted).any()
 
 
+def test_a_prompt_of_the_validation_is_drawn_by_a_click(page, expected):
+    page.get_by_role("button", name=NIGHT).click()
+    shows(page, "student", NIGHT, expected("student", NIGHT))
+    assert prompt_of(page).input_value() == NIGHT
+
+
 def test_networks_are_chosen(page):
     for label in ("student", "teacher"):
         page.get_by_role("checkbox", name=label, exact=True).uncheck()
@@ -258,6 +264,9 @@ def test_bad_input(page):
     page.get_by_text("seed: -7 given; allowed: a whole number from 0 to 4294967295").wait_for()
     page.locator("#seed input").fill("")
     page.get_by_text("seed: nothing given").wait_for()
+    page.locator("#steps input[type=number]").fill("20")
+    page.get_by_text("steps: 20 given; allowed: a whole number from 1 to 16").wait_for()
+    page.locator("#steps input[type=number]").fill("2")
     page.locator("#seed input").fill("3")
     prompt_of(page).fill("<b>${1+1}</b> {{value}} \\")
     image = page.locator('.card[data-network="student"]:not(.stale) img')
@@ -402,6 +411,7 @@ def test_the_run_as_it_goes_on(page, run_folder, trained):  # noqa: F811
     """No folder, then metrics, then pictures and a checkpoint: the tab follows without a click."""
     page.get_by_role("tab", name="The run").click()
     page.get_by_text("There are no metrics yet.").wait_for()
+    facts = page.locator("#facts")
     source = trained["student"]
     run_folder.mkdir()
     (run_folder / "metrics.jsonl").write_text((source / "metrics.jsonl").read_text().splitlines()[0] + "\n")
@@ -415,6 +425,7 @@ def test_the_run_as_it_goes_on(page, run_folder, trained):  # noqa: F811
     shutil.copytree(source / "checkpoint-2", run_folder / "checkpoint-2")
     shutil.copy(source / "metrics.jsonl", run_folder)
     page.get_by_text("Validation pictures at step 2").wait_for()
+    assert facts.locator("dt").all_inner_texts()[:2] == ["run", "last metrics"]
     assert page.locator("#facts dd").get_by_text("4", exact=True).count() == 1  # 2 steps of 2 samples
     assert curves.get_attribute("src") != first
     assert page.locator("#validation img").evaluate("image => image.naturalWidth") > 100
@@ -422,6 +433,8 @@ def test_the_run_as_it_goes_on(page, run_folder, trained):  # noqa: F811
     slider.focus()
     slider.press("ArrowLeft")
     page.get_by_text("Validation pictures at step 1").wait_for()
+    (run_folder / "README.md").write_text("the model card, written at the end")
+    facts.get_by_text("finished").wait_for()
 
 
 def test_a_port_that_is_taken(server, trained):  # noqa: F811

@@ -176,7 +176,7 @@ def test_a_card_is_valid_and_holds_the_command(name, teacher, shards, tmp_path):
     assert pushed.data.widget == [{"text": "a red three", "output": {"url": "validation.png"}}]
     assert written_card(tmp_path / "out").data.widget[0]["output"]["url"] == "validation/step-000001.png"
     scale = 1 if "lora" in name else 7.5
-    assert pushed.data.inference == {"parameters": {"num_inference_steps": 4, "guidance_scale": scale}}
+    assert pushed.data.inference == {"parameters": {"num_inference_steps": 1, "guidance_scale": scale}}
     # The exact command, but for the token; the pushed one has no folders of this machine.
     given = script.module.parse_args(script.options(tmp_path / "out", *options))
     again = script.module.parse_args(
@@ -243,6 +243,7 @@ def test_code_for_a_machine(device, on_hub):
         w_max=5,
         ema_decay=None,
         num_ddim_timesteps=50,
+        validation_num_inference_steps=[1, 3, 8],
         validation_prompts=['a "quoted" one'],
         target="lcm",
         unet_time_cond_proj_dim=16,
@@ -252,6 +253,7 @@ def test_code_for_a_machine(device, on_hub):
     for trained in (full, lora):
         code = trained.usage_code("some/teacher", "some/where", on_hub, usage.Machine(device))
         compile(code, "printed", "exec")
+        assert "num_inference_steps=3" in code  # of the validation pictures, next to 4
         lines = "".join(line for line in code.splitlines() if not line.startswith("#"))
         assert (f'.to("{device}")' in lines and "float16" in lines) == (device != "cpu")
         assert "float32" in code and "float16" in code  # one of them in the word about the other kind

@@ -1278,7 +1278,7 @@ def test_guidance_weights(run):
     assert min(drawn.w) < 2.4 and max(drawn.w) > 3.6
     assert set(run("--w_min=8", "--w_max=8").w) == {8.0}
     assert not same(run("--w_min=8", "--w_max=8"), run("--w_min=9", "--w_max=9"))
-    assert "guidance scales from 3 to 5" in drawn.printed
+    assert "guidance_scale 3 to 5" in drawn.printed
     assert "| guidance_scale | 3 to 5 (w = 2 to 4) |" in (drawn.folder / "README.md").read_text()
 
 
