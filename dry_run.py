@@ -91,6 +91,7 @@ def advice(command: "Command", record: "Record", gpu_memory: float) -> str:
     if peak <= gpu_memory * 1e9:
         return f"{peak / 1e9:.1f} GB fits in {size}, before what is not included."
     print(f"\n{peak / 1e9:.1f} GB does not fit in {size}. With other options:", flush=True)
+    print("Simulating those; this takes a few minutes", file=sys.stderr, flush=True)
     parsed = importlib.import_module(record.script).parse_args([*record.options, "--max_train_steps=1"])
     return Advice(command, parsed, record.peaks, gpu_memory * 1e9, record.is_sharded).describe()
 
