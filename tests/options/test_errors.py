@@ -448,7 +448,7 @@ def empty_folder(place):
 
 def mistyped(place):
     empty_folder(place)
-    return [f"{TEACHER}=emtpy"]
+    return [f"{TEACHER}=empti"]
 
 
 UNETS = [
