@@ -89,7 +89,9 @@ def advice(command: "Command", record: "Record", gpu_memory: float) -> str:
 
     size, peak = f"{gpu_memory:g} GB", record.peak
     if peak <= gpu_memory * 1e9:
-        return f"{peak / 1e9:.1f} GB fits in {size}, before what is not included."
+        free = gpu_memory - peak / 1e9
+        verdict = "fits" if free >= 4 else "may fit" if free >= 1 else "hardly fits"
+        return f"{peak / 1e9:.1f} GB {verdict} in {size}: {free:.1f} GB are left for what is not included."
     print(f"\n{peak / 1e9:.1f} GB does not fit in {size}. With other options:", flush=True)
     print("Simulating those; this takes a few minutes", file=sys.stderr, flush=True)
     parsed = importlib.import_module(record.script).parse_args([*record.options, "--max_train_steps=1"])

@@ -121,7 +121,9 @@ def train(args: argparse.Namespace) -> None:
     target = [] if any(word.split("=")[0] == "--target" for word in args.more) else TARGET
     command = training_command(folder, args.lora, args.seed, args.max_train_steps, [*target, *args.more])
     print(shlex.join(command), flush=True)
-    subprocess.run(command, cwd=ROOT, check=True)
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if status:
+        sys.exit(status)
 
 
 def quieten() -> None:

@@ -26,6 +26,7 @@ from lcm.data.writer import (
     make_captioned,
     missing_shards,
     read_counts,
+    remove_shards,
     write_counts,
     write_tar,
 )
@@ -124,9 +125,12 @@ def make_shards(source: Source, folder: str, packing: Packing) -> list[str]:
         for path, numbers in mine.items():
             make_shard(source, numbers, packing, path, bar)
     state.wait_for_everyone()
-    if not read_counts(paths).used:
-        option = next(iter(source.options))
-        raise UserError(f"--{option}: no picture can be used: {read_counts(paths)}")
+    found = read_counts(paths)
+    state.wait_for_everyone()
+    if not found.used:
+        if state.is_main_process:  # the same command may be given again, once the pictures are mended
+            remove_shards(folder, RECORD, paths)
+        raise UserError(f"--{next(iter(source.options))}: no picture can be used: {found}")
     return paths
 
 

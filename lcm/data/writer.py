@@ -116,6 +116,14 @@ def remove_unfinished(folder: str) -> None:
             os.remove(os.path.join(folder, name))
 
 
+def remove_shards(folder: str, name: str, paths: Iterable[str]) -> None:
+    """Remove shards, their counts, and the record of this name in their folder."""
+    for path in paths:
+        os.remove(path)
+        os.remove(counts_path(path))
+    os.remove(os.path.join(folder, name))
+
+
 def check_record(folder: str, name: str, record: dict[str, Any], may_change: Iterable[str] = ()) -> None:
     """Make a folder with its record, a JSON file of this name. Raises UserError if the shards in it were made with
     other options; those that `may_change` do not count."""

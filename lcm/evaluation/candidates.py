@@ -15,7 +15,7 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from lcm.errors import UserError, first_line
-from lcm.models.loading import DTYPE, TEACHER, load_config, load_part, load_pretrained
+from lcm.models.loading import DTYPE, TEACHER, close_folder, load_config, load_part, load_pretrained
 from lcm.models.lora import adapter_layers
 from lcm.models.lora_files import DIFFUSERS_FILE
 from lcm.options.choices import SAMPLERS, STUDENT_SAMPLERS
@@ -86,7 +86,7 @@ def has_file(source: str, name: str, cache_dir: str | None) -> bool:
         is_local = isinstance(error, LocalEntryNotFoundError)  # not in the cache, and the Hub cannot be reached
         if isinstance(error, EntryNotFoundError) and is_local == constants.HF_HUB_OFFLINE:
             return False
-        reason = f"is neither a folder nor available on the Hub: {first_line(error)}"
+        reason = f"is neither a folder nor available on the Hub: {first_line(error)}{close_folder(source)}"
         raise UserError(f"--trained: {source!r} {reason}") from error
 
 

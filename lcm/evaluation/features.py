@@ -83,7 +83,10 @@ class Clip:
 
     def __init__(self, name: str, device: torch.device, cache_dir: str | None = None):
         load: dict[str, Any] = {"option": "--clip_model", "source": name, "cache_dir": cache_dir}
-        model = load_pretrained(transformers.CLIPModel, dtype=torch.float32, **load)
+        try:
+            model = load_pretrained(transformers.CLIPModel, dtype=torch.float32, **load)
+        except UserError as error:
+            raise UserError(f"{error}; --clip_model none leaves the CLIP score out") from error
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = load_pretrained(transformers.CLIPTokenizer, **load)
         self.processor = load_pretrained(CLIPImageProcessorPil, **load)

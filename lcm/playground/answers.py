@@ -88,6 +88,8 @@ class Answers:
         try:
             wish = self.bounds.read(values)
         except UserError as error:
+            for card in visitor.cards.values():  # an earlier request, which this one has ended, may have drawn on
+                card.status = "stopped" if card.status else ""
             yield show(visitor, tuple(visitor.cards), str(error))
             return
         if not wish.prompt and wish.picture is None:
@@ -137,7 +139,10 @@ class Answers:
             if label not in self.shelf.networks or label == TEACHER:
                 raise UserError("sweep's network: allowed: one of the trained ones")
             is_lora = self.shelf.networks[label].is_lora
-            wishes = sweep_wishes(self.bounds.read(values), label, is_lora, steps, scales)
+            wish = self.bounds.read(values)
+            if not wish.prompt and wish.picture is None:
+                raise UserError("prompt: nothing given; allowed: what to draw in the grid")
+            wishes = sweep_wishes(wish, label, is_lora, steps, scales)
             for status in self.load(label, ticket):
                 yield f'<p class="message" role="status">{escape(status)}</p>'
             for count, grid in draw_sweep(self.drawing, label, wishes, ticket):
@@ -164,7 +169,7 @@ class Answers:
             return [gr.skip()] * 5
         was_newest = position is None or position >= seen[1]
         index = len(steps) if was_newest else min(int(position or 1), len(steps))
-        slider = gr.Slider(maximum=max(2, len(steps)), value=index or 1)
+        slider = gr.Slider(maximum=max(2, len(steps)), value=index or 1, visible=len(steps) > 1)
         pictures = self.run.validation_html(steps[index - 1]) if steps else ""
         return [(signature, len(steps)), self.run.facts_html(), self.run.curves_html(), slider, pictures]
 

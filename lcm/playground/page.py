@@ -32,14 +32,9 @@ WITH_TIME = "(time, ...values) => [performance.now(), ...values]"
 DICE = "() => Math.floor(Math.random() * 4294967296)"
 
 
-def slider(*args: Any, **kwargs: Any) -> gr.Slider:
-    """A slider whose limits hold for its handle. What is typed beside it goes to the server, which says what is wrong.
-
-    Gradio's own check names no field. A subclass would not do: Gradio writes a file beside the module of each.
-    """
-    made = gr.Slider(*args, **kwargs)
-    made.preprocess = lambda payload: payload  # type: ignore[method-assign]
-    return made
+# A slider's limits are for its handle. What is typed beside it goes to the server, whose errors name the field, unlike
+# Gradio's. A subclass would not do: Gradio writes a file beside its module.
+gr.Slider.preprocess = lambda slider, payload: payload  # type: ignore[method-assign, assignment]
 
 
 def words_about(shelf: Shelf) -> str:
@@ -73,16 +68,16 @@ def draw_tab(args: Namespace, shelf: Shelf, answers: Answers, page: gr.Blocks) -
                     "", html_template=(HERE / "sketch.html").read_text(), js_on_load=(HERE / "sketch.js").read_text(),
                     elem_id="sketch",
                 )  # fmt: skip
-                strength = slider(0.1, 1, 0.6, step=0.05, label="Change", elem_id="strength",
+                strength = gr.Slider(0.1, 1, 0.6, step=0.05, label="Change", elem_id="strength",
                                      info="how much is new; 1 leaves nothing of the picture")  # fmt: skip
             if trained:
                 sweep, sweep_fields, grid = sweep_part(shelf, trained, scale)
         with gr.Column(scale=2, min_width=280):
-            steps = slider(1, MOST_STEPS, 2, step=1, label="Steps", info="of the trained networks", elem_id="steps")
-            guidance = slider(1, max(1.5 * max(fits, default=10), 6), scale, step=0.1, label="Guidance",
+            steps = gr.Slider(1, MOST_STEPS, 2, step=1, label="Steps", info="of the trained networks", elem_id="steps")
+            guidance = gr.Slider(1, max(1.5 * max(fits, default=10), 6), scale, step=0.1, label="Guidance",
                                  elem_id="guidance", info=words_about(shelf))  # fmt: skip
             with gr.Row(equal_height=True):
-                seed = gr.Number(args.seed, precision=0, label="Seed", elem_id="seed", min_width=120, scale=3)
+                seed = gr.Number(args.seed, label="Seed", elem_id="seed", min_width=120, scale=3)
                 dice = gr.Button("Another seed", elem_id="dice", min_width=120, scale=2)
             shown = gr.CheckboxGroup(networks, value=networks, label="Networks", elem_id="networks")
             with gr.Accordion("More settings", open=False):
@@ -91,11 +86,11 @@ def draw_tab(args: Namespace, shelf: Shelf, answers: Answers, page: gr.Blocks) -
                     info="acts on the teacher, and on LoRAs at a guidance above 1",
                 )  # fmt: skip
                 side = shelf.size(args.max_size)
-                size = slider(8, min(4 * side, args.max_size), side, step=8, label="Size", elem_id="size",
+                size = gr.Slider(8, min(4 * side, args.max_size), side, step=8, label="Size", elem_id="size",
                               info=f"pixels a side; the teacher's own is {side}")  # fmt: skip
-                lora_guidance = slider(1, 4, 1, step=0.1, label="Guidance of LoRAs", visible=has_loras,
+                lora_guidance = gr.Slider(1, 4, 1, step=0.1, label="Guidance of LoRAs", visible=has_loras,
                                           elem_id="lora-guidance", info="1 adds none to what was learned")  # fmt: skip
-                lora_strength = slider(0, MOST_STRENGTH, 1, step=0.05, label="LoRA strength", visible=has_loras,
+                lora_strength = gr.Slider(0, MOST_STRENGTH, 1, step=0.05, label="LoRA strength", visible=has_loras,
                                           elem_id="lora-strength")  # fmt: skip
                 sampler = gr.Dropdown([AS_TRAINED, *STUDENT_SAMPLERS], label="Sampler", elem_id="sampler",
                                       info="of the trained networks")  # fmt: skip
@@ -142,7 +137,7 @@ def run_tab(answers: Answers) -> None:
     seen = gr.State(("", 0))
     facts = gr.HTML(elem_id="facts")
     curves = gr.HTML(elem_id="curves")
-    position = slider(1, 2, 1, step=1, label="Validation pictures", elem_id="position",
+    position = gr.Slider(1, 2, 1, step=1, label="Validation pictures", elem_id="position",
                       info="1 is the first grid, the last one the newest")  # fmt: skip
     pictures = gr.HTML(elem_id="validation")
     outputs = [seen, facts, curves, position, pictures]

@@ -18,6 +18,7 @@ from lcm.results.curves import draw_curves
 from lcm.results.metrics import MetricsFile
 from lcm.run.resume import list_checkpoints, read_state
 
+COPYING = 60  # seconds in which a folder is copied, by which pictures get ages in any order
 WIDEST = 1600  # pixels, of a grid of validation pictures on the page
 
 
@@ -46,11 +47,16 @@ class RunFolder:
         return repr((modified(self.metrics.path), self.is_finished(), steps, pages, checkpoints[-1:]))
 
     def steps(self) -> list[int]:
-        """The optimizer steps at which there are validation pictures, in order."""
+        """The optimizer steps at which there are validation pictures, in order.
+
+        Pictures that are older than those of an earlier step do not count: a longer run in the same folder left them.
+        """
         folder = os.path.join(self.path, "validation")
         names = os.listdir(folder) if os.path.isdir(folder) else []
         found = (re.fullmatch(r"step-(\d+)(?:-\d+)?\.png", name) for name in names)
-        return sorted({int(match[1]) for match in found if match})
+        drawn = {int(match[1]): modified(os.path.join(folder, match[0])) for match in found if match}
+        steps = sorted(drawn)
+        return [step for step in steps if drawn[step] + COPYING > max(drawn[s] for s in steps if s <= step)]
 
     def curves(self) -> str:
         """The curves as a `data:` address, empty without metrics."""
@@ -111,7 +117,7 @@ class RunFolder:
         if not facts:
             return '<p class="message">There are no metrics yet. They are written every --logging_steps.</p>'
         if "samples used" not in facts and "checkpoint" not in facts:
-            facts["samples"] = f"counted at {'a' if self.is_finished() else 'the first'} checkpoint"
+            facts["samples"] = "not counted without a checkpoint"
         items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in facts.items())
         return f'<dl class="facts">{items}</dl>'
 

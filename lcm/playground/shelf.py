@@ -21,7 +21,7 @@ from lcm.run.resume import STATE_FILE, list_checkpoints, read_state
 
 TEACHER = "teacher"
 GUIDANCE_OF_LORAS = (1.0, 2.0)  # it has learned its guidance; above, the guidance of two is added up
-CARD_ROW = re.compile(r"^\| guidance_scale \| \S+ to \S+ \(w = (\S+) to (\S+)\)", re.M)
+CARD_ROW = re.compile(r"^\| guidance_scale \| [^(]*\(w = (\S+?)(?: to (\S+))?\)", re.M)
 
 
 @dataclass
@@ -56,7 +56,7 @@ def training_options(source: str) -> Namespace:
             with open(path, encoding="utf-8", errors="replace") as file:
                 row = CARD_ROW.search(file.read())
             if row:
-                return Namespace(w_min=float(row[1]), w_max=float(row[2]))
+                return Namespace(w_min=float(row[1]), w_max=float(row[2] or row[1]))
     return Namespace()
 
 

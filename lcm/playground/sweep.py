@@ -37,12 +37,13 @@ def draw_sweep(
             yield sum(map(len, rows)), None
     is_lora, first = drawing.shelf.networks[label].is_lora, wishes[0][0]
     scales = [wish.lora_guidance_scale if is_lora else wish.guidance_scale for wish in wishes[0]]
+    from_picture = f", from a picture, change {first.picture_strength:g}" if first.picture else ""
     grid = picture_grid(
         rows,
         [f"{row[0].steps} step{'s' * (row[0].steps > 1)}" for row in wishes],
         [f"guidance {scale:g}" for scale in scales],
         cell_size=min(LARGEST_CELL, max(96, first.size)),
         corner=label,
-        footer=f"{first.prompt}\nseed {first.seed}",
+        footer=f"{first.prompt}\nseed {first.seed}" + from_picture,
     )
     yield sum(map(len, rows)), grid

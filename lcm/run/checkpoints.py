@@ -25,6 +25,7 @@ from lcm.models.networks import Networks
 from lcm.models.sharding import load_state, save_state
 from lcm.options.plan import Plan
 from lcm.options.types import Options
+from lcm.results.metrics import METRICS_FILE
 from lcm.run.optimizers import SETTINGS
 from lcm.run.resume import (
     DATA_ORDER,
@@ -175,6 +176,11 @@ class Checkpoints:
                     "--output_dir: %s is of an earlier run, which --resume_from_checkpoint=latest would resume; this "
                     "is a new run, and its metrics and results replace the earlier ones",
                     earlier[-1],
+                )
+            elif os.path.isfile(os.path.join(self.args.output_dir, METRICS_FILE)):
+                logger.warning(
+                    "--output_dir: %s holds an earlier run, whose metrics and results this one replaces",
+                    self.args.output_dir,
                 )
             return 0
         state = read_state(folder)

@@ -54,7 +54,7 @@ def describe(record: Record) -> str:
         "",
         *table([["phase", "peak GB", "TFLOPs", "GB moved"], *phases]),
         "",
-        f"The host waits for the device {sum(count for *_, count in step.waits)} times in a step:",
+        f"Waits of the host for the device, in a step: {sum(count for *_, count in step.waits)}",
         *(f"  {count} x {kind}, in {phase}, {place}" for phase, kind, place, count in step.waits),
         "",
         "Networks:",

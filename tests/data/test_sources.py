@@ -304,6 +304,17 @@ def test_wrong_options(tmp_path, monkeypatch, capsys, more, start):
     assert capsys.readouterr().err.splitlines()[-1].startswith(start)
 
 
+def test_captions_can_be_added_after_there_were_none(tmp_path, capsys):
+    write(tmp_path / "in", {"a.png": picture(0)})
+    options = [f"--train_data_dir={tmp_path / 'in'}", f"--output_dir={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit):
+        make_shards.main(options)
+    assert not os.listdir(tmp_path / "out")
+    (tmp_path / "in" / "a.txt").write_text("a")
+    make_shards.main(options)
+    assert "1 sample" in capsys.readouterr().out
+
+
 def test_changed_pictures_are_not_mixed(folder, tmp_path, capsys):
     made(tmp_path / "shards", f"--train_data_dir={folder}")
     (folder / "0.txt").write_text("picture O")

@@ -561,7 +561,7 @@ NO_SHARDS = [
     *(no_shards(pattern, "matches no shard", options=(f"{SHARDS}={pattern}",))
       for pattern in ("nosuch-{0..3}.tar", "*.tar", "", "::", "a.tar::b.tar")),
     no_shards("brace", "'{0..'", options=(f"{SHARDS}=" + "{0..",)),
-    no_shards("folder", "matches no shard", folder_as_shard),
+    no_shards("folder", "is a folder; allowed: its shards, such as", folder_as_shard),
     *(no_shards(id, ("no usable sample", says), shard(content)) for id, content, says in (
         ("text", b"no tar at all\n" * 1000, "shard unreadable"),
         ("html", b"<html>Not found</html>", "shard unreadable"),

@@ -24,7 +24,8 @@ from playing import CHROMIUM, NIGHT, SIZE, SNOW, command, needs_browser, parse, 
 
 from lcm.errors import UserError
 from lcm.playground.drawing import Drawing
-from lcm.playground.shelf import Shelf
+from lcm.playground.run_tab import RunFolder
+from lcm.playground.shelf import Shelf, training_options
 from lcm.playground.turns import FIRST, Turns, Visitor
 from lcm.playground.wishes import AS_TRAINED, Bounds
 
@@ -235,8 +236,10 @@ def test_networks_are_chosen(page):
 
 
 def test_sweep_and_its_download(page, expected, tmp_path):
-    prompt_of(page).fill(NIGHT)
     page.get_by_role("button", name="Sweep: steps x guidance").click()
+    page.locator("#sweep-draw").click()
+    page.get_by_text("prompt: nothing given; allowed: what to draw in the grid").wait_for()
+    prompt_of(page).fill(NIGHT)
     field = page.locator("#sweep-steps textarea, #sweep-steps input")
     field.fill("1, 2, 99")
     field.press("Tab")
@@ -267,12 +270,27 @@ def test_bad_input(page):
     page.locator("#steps input[type=number]").fill("20")
     page.get_by_text("steps: 20 given; allowed: a whole number from 1 to 16").wait_for()
     page.locator("#steps input[type=number]").fill("2")
+    page.locator("#seed input").fill("1.5")
+    page.get_by_text("seed: 1.5 given; allowed: a whole number").wait_for()
     page.locator("#seed input").fill("3")
     prompt_of(page).fill("<b>${1+1}</b> {{value}} \\")
     image = page.locator('.card[data-network="student"]:not(.stale) img')
     wait_until(lambda: image.count() and image.get_attribute("alt") == "student: <b>${1+1}</b> {{value}} \\")
     prompt_of(page).fill("")
     page.get_by_text("Type what to draw.").wait_for()
+
+
+def test_a_refused_request_ends_what_is_drawn(page):
+    """The teacher is not said to draw on."""
+    page.get_by_role("checkbox", name="student", exact=True).uncheck()
+    page.get_by_role("checkbox", name="LoRA", exact=True).uncheck()
+    prompt_of(page).fill(NIGHT)
+    page.locator(".card .figures").get_by_text("drawing").wait_for()
+    page.locator("#seed input").fill("-7")
+    page.get_by_text("seed: -7 given").wait_for()
+    wait_until(lambda: "drawing" not in figures(page, "teacher"))
+    page.locator("#seed input").fill("7")
+    card(page, "teacher", NIGHT)
 
 
 def test_values_that_the_page_does_not_send(page, server):
@@ -415,7 +433,7 @@ def test_the_run_as_it_goes_on(page, run_folder, trained):  # noqa: F811
     source = trained["student"]
     run_folder.mkdir()
     (run_folder / "metrics.jsonl").write_text((source / "metrics.jsonl").read_text().splitlines()[0] + "\n")
-    page.get_by_text("counted at the first checkpoint").wait_for()
+    page.get_by_text("not counted without a checkpoint").wait_for()
     curves = page.locator("#curves img")
     curves.wait_for()
     first = curves.get_attribute("src")
@@ -435,6 +453,23 @@ def test_the_run_as_it_goes_on(page, run_folder, trained):  # noqa: F811
     page.get_by_text("Validation pictures at step 1").wait_for()
     (run_folder / "README.md").write_text("the model card, written at the end")
     facts.get_by_text("finished").wait_for()
+
+
+@pytest.mark.parametrize(("row", "found"), [("3 to 5 (w = 2 to 4)", (2, 4)), ("3 (w = 2)", (2, 2))])
+def test_the_guidance_on_a_card(tmp_path, row, found):
+    """It stands for the options where there is no checkpoint."""
+    (tmp_path / "README.md").write_text(f"| option | value |\n| guidance_scale | {row} |\n")
+    options = training_options(str(tmp_path))
+    assert (options.w_min, options.w_max) == found
+
+
+def test_pictures_of_a_longer_run_before_are_left_out(tmp_path):
+    (tmp_path / "validation").mkdir()
+    for step, age in ((5, 0), (10, 0), (500, 1000)):  # in one folder: a run up to step 500, and one up to 10
+        path = tmp_path / "validation" / f"step-{step:06}.png"
+        Image.new("RGB", (8, 8)).save(path)
+        os.utime(path, (time.time() - age,) * 2)
+    assert RunFolder(str(tmp_path)).steps() == [5, 10]
 
 
 def test_a_port_that_is_taken(server, trained):  # noqa: F811

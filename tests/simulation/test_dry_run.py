@@ -31,8 +31,8 @@ def test_what_it_prints_and_writes(teacher, tmp_path):
     for what in ("", " while pictures are drawn", " while a checkpoint is saved", " while results are written"):
         assert f"Peak memory{what}" in done.stdout
     assert "from_pretrained" not in done.stdout
-    assert "0.0 GB fits in 1 GB, before what is not included" in done.stdout
-    assert "The host waits for the device 1 times in a step" in done.stdout
+    assert "0.0 GB hardly fits in 1 GB: 1.0 GB are left for what is not included" in done.stdout
+    assert "Waits of the host for the device, in a step: 1" in done.stdout
     figures = json.loads(path.read_text())
     steps = [step["peak"] for step in figures["steps"]]
     assert figures["peak"] == max(*steps, *(figures[what] for what in ("pictures", "checkpoints", "export")))
