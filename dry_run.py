@@ -86,11 +86,12 @@ def dry_run(args: argparse.Namespace) -> None:
 def advice(command: "Command", record: "Record", gpu_memory: float) -> str:
     """Whether the run fits on a card of `gpu_memory` GB; if not, which options help."""
     from lcm.simulation.advice import Advice
+    from lcm.simulation.report import LEAST_MORE, MOST_MORE
 
     size, peak = f"{gpu_memory:g} GB", record.peak
     if peak <= gpu_memory * 1e9:
         free = gpu_memory - peak / 1e9
-        verdict = "fits" if free >= 4 else "may fit" if free >= 1 else "hardly fits"
+        verdict = "fits" if free >= MOST_MORE else "may fit" if free >= LEAST_MORE else "hardly fits"
         return f"{peak / 1e9:.1f} GB {verdict} in {size}: {free:.1f} GB are left for what is not included."
     print(f"\n{peak / 1e9:.1f} GB does not fit in {size}. With other options:", flush=True)
     print("Simulating those; this takes a few minutes", file=sys.stderr, flush=True)

@@ -126,8 +126,8 @@ def make_shards(source: Source, folder: str, packing: Packing) -> list[str]:
             make_shard(source, numbers, packing, path, bar)
     state.wait_for_everyone()
     found = read_counts(paths)
-    state.wait_for_everyone()
     if not found.used:
+        state.wait_for_everyone()  # until all have read the counts
         if state.is_main_process:  # the same command may be given again, once the pictures are mended
             remove_shards(folder, RECORD, paths)
         raise UserError(f"--{next(iter(source.options))}: no picture can be used: {found}")

@@ -59,13 +59,12 @@ def expand_shards(patterns: Iterable[str], option: str = "--train_shards_path_or
         logger.warning("%d of %d shards do not exist, for example %s", len(missing), len(shards), min(missing))
     if importlib.util.find_spec("boto3") is None and any(shard.startswith("s3://") for shard in present):
         raise UserError(f"{option}: s3:// needs the package boto3, which is not installed")
-    folder = next((pattern for pattern in patterns if os.path.isdir(pattern)), None)
-    if folder is not None and not present:
-        raise UserError(
-            f"{option}: {folder!r} is a folder; allowed: its shards, such as '{folder}/*.tar'; a folder of pictures "
-            "is for --train_data_dir"
-        )
     if not present:
+        for folder in filter(os.path.isdir, sorted(missing)):
+            raise UserError(
+                f"{option}: {folder!r} is a folder; allowed: its shards, such as '{folder}/*.tar'; make_shards.py "
+                "makes shards of a folder of pictures"
+            )
         raise UserError(f"{option}: {redact(' '.join(patterns))!r} matches no shard")
     return present
 

@@ -143,6 +143,11 @@ def student_sampler(args: Options) -> str:
     return "lcm" if args.target == "lcm" or args.num_phases[-1:] == [1] else "tcd"
 
 
+def steps_in_words(count: int) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{count} step{'s' * (count != 1)}"
+
+
 def span(low: float, high: float) -> str:
     """`3 to 4`, or `3` if both are the same."""
     return f"{low:g} to {high:g}" if low < high else f"{low:g}"

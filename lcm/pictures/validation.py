@@ -18,7 +18,7 @@ from PIL import Image
 from lcm.errors import first_line
 from lcm.models.family import Family
 from lcm.models.networks import Networks, View
-from lcm.options.checks import default_guidance_scale
+from lcm.options.checks import default_guidance_scale, steps_in_words
 from lcm.options.plan import Plan
 from lcm.options.types import Options
 from lcm.pictures.grid import MAX_GRID_WIDTH, MAX_PAGE_HEIGHT, MAX_PAGE_ROWS, picture_grid, split_evenly
@@ -64,8 +64,7 @@ class Column:
 
     def label(self, separator: str, with_guidance: bool = True) -> str:
         """The words for all that it is."""
-        steps = f"{self.steps} step{'s' * (self.steps > 1)}"
-        return separator.join([self.network, steps, *[self.guidance] * with_guidance])
+        return separator.join([self.network, steps_in_words(self.steps), *[self.guidance] * with_guidance])
 
 
 class Validation:

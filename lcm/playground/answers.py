@@ -92,7 +92,7 @@ class Answers:
                 card.status = "stopped" if card.status else ""
             yield show(visitor, tuple(visitor.cards), str(error))
             return
-        if not wish.prompt and wish.picture is None:
+        if wish.is_empty:
             visitor.cards.clear()
             yield show(visitor, wish.networks, "Type what to draw.")
             return
@@ -140,7 +140,7 @@ class Answers:
                 raise UserError("sweep's network: allowed: one of the trained ones")
             is_lora = self.shelf.networks[label].is_lora
             wish = self.bounds.read(values)
-            if not wish.prompt and wish.picture is None:
+            if wish.is_empty:
                 raise UserError("prompt: nothing given; allowed: what to draw in the grid")
             wishes = sweep_wishes(wish, label, is_lora, steps, scales)
             for status in self.load(label, ticket):

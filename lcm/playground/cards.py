@@ -7,6 +7,7 @@ from html import escape
 
 from PIL import Image
 
+from lcm.options.checks import steps_in_words
 from lcm.playground.drawing import Drawn
 from lcm.playground.turns import Visitor
 
@@ -48,8 +49,7 @@ def ago(seconds: float) -> str:
 
 def make_card(drawn: Drawn, prompt: str) -> Card:
     """The card of a picture that has just been drawn."""
-    steps = f"{drawn.steps} step{'s' * (drawn.steps > 1)}"
-    figures = f"{in_seconds(drawn.seconds)}, {drawn.steps_per_second:.3g} steps/s, {steps}"
+    figures = f"{in_seconds(drawn.seconds)}, {drawn.steps_per_second:.3g} steps/s, {steps_in_words(drawn.steps)}"
     return Card(data_address(drawn.picture), drawn.picture.width <= SMALL, prompt, figures, drawn.words)
 
 

@@ -52,9 +52,8 @@ def draw_tab(args: Namespace, shelf: Shelf, answers: Answers, page: gr.Blocks) -
     fits = [network.guidance[1] for network in shelf.networks.values() if network.guidance and not network.is_lora]
     examples = [prompt for network in shelf.networks.values() for prompt in network.prompts]
     prompt = gr.Textbox(
-        label="Prompt", elem_id="prompt", placeholder="What to draw",
-        max_length=MOST_LETTERS, autofocus=True,
-    )  # fmt: skip
+        label="Prompt", elem_id="prompt", placeholder="What to draw", max_length=MOST_LETTERS, autofocus=True
+    )
     if examples:
         with gr.Row(elem_id="examples"):
             for text in list(dict.fromkeys(examples))[:MOST_EXAMPLES]:
@@ -87,7 +86,7 @@ def draw_tab(args: Namespace, shelf: Shelf, answers: Answers, page: gr.Blocks) -
                 )  # fmt: skip
                 side = shelf.size(args.max_size)
                 size = gr.Slider(8, min(4 * side, args.max_size), side, step=8, label="Size", elem_id="size",
-                              info=f"pixels a side; the teacher's own is {side}")  # fmt: skip
+                                 info=f"pixels a side; the teacher's own is {side}")  # fmt: skip
                 lora_guidance = gr.Slider(1, 4, 1, step=0.1, label="Guidance of LoRAs", visible=has_loras,
                                           elem_id="lora-guidance", info="1 adds none to what was learned")  # fmt: skip
                 lora_strength = gr.Slider(0, MOST_STRENGTH, 1, step=0.05, label="LoRA strength", visible=has_loras,
@@ -138,7 +137,7 @@ def run_tab(answers: Answers) -> None:
     facts = gr.HTML(elem_id="facts")
     curves = gr.HTML(elem_id="curves")
     position = gr.Slider(1, 2, 1, step=1, label="Validation pictures", elem_id="position",
-                      info="1 is the first grid, the last one the newest")  # fmt: skip
+                         info="1 is the first grid, the last one the newest")  # fmt: skip
     pictures = gr.HTML(elem_id="validation")
     outputs = [seen, facts, curves, position, pictures]
     timer = gr.Timer(REFRESH_SECONDS)

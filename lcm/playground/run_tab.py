@@ -6,6 +6,7 @@ import os
 import re
 import time
 from html import escape
+from itertools import accumulate
 
 from PIL import Image
 
@@ -56,7 +57,8 @@ class RunFolder:
         found = (re.fullmatch(r"step-(\d+)(?:-\d+)?\.png", name) for name in names)
         drawn = {int(match[1]): modified(os.path.join(folder, match[0])) for match in found if match}
         steps = sorted(drawn)
-        return [step for step in steps if drawn[step] + COPYING > max(drawn[s] for s in steps if s <= step)]
+        newest_so_far = accumulate((drawn[step] for step in steps), max)
+        return [step for step, newest in zip(steps, newest_so_far, strict=True) if drawn[step] + COPYING > newest]
 
     def curves(self) -> str:
         """The curves as a `data:` address, empty without metrics."""
@@ -91,9 +93,9 @@ class RunFolder:
     def facts(self) -> dict[str, str]:
         """What is known of the run, in words, by heading."""
         rows, checkpoints = self.metrics.read(), list_checkpoints(self.path)
-        facts = {"run": os.path.basename(os.path.abspath(self.path))}
         if not rows and not checkpoints:
             return {}
+        facts = {"run": os.path.basename(os.path.abspath(self.path))}
         if rows:
             when = ago(time.time() - modified(self.metrics.path))
             facts["finished" if self.is_finished() else "last metrics"] = f"step {rows[-1]['step']}, {when}"

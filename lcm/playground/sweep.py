@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from lcm.options.checks import steps_in_words
 from lcm.pictures.grid import picture_grid
 from lcm.playground.drawing import Drawing
 from lcm.playground.turns import LATER, Ticket
@@ -40,7 +41,7 @@ def draw_sweep(
     from_picture = f", from a picture, change {first.picture_strength:g}" if first.picture else ""
     grid = picture_grid(
         rows,
-        [f"{row[0].steps} step{'s' * (row[0].steps > 1)}" for row in wishes],
+        [steps_in_words(row[0].steps) for row in wishes],
         [f"guidance {scale:g}" for scale in scales],
         cell_size=min(LARGEST_CELL, max(96, first.size)),
         corner=label,

@@ -44,6 +44,11 @@ class Wish:
     picture: Image.Image | None
     picture_strength: float
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it says nothing of what to draw."""
+        return not self.prompt and self.picture is None
+
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a finite number, and no truth value."""

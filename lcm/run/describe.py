@@ -6,7 +6,7 @@ import torch
 
 from lcm.data.config import DataConfig
 from lcm.models.networks import Networks
-from lcm.options.checks import span, target_in_words
+from lcm.options.checks import span, steps_in_words, target_in_words
 from lcm.options.plan import Plan
 from lcm.options.types import Options
 from lcm_common import DDIMSolver
@@ -38,7 +38,7 @@ def describe_run(
         f"Device: {device}, {plan.num_processes} process(es), mixed precision {plan.mixed_precision}",
         f"Batch: {args.train_batch_size} samples x {plan.num_processes} processes "
         f"x {plan.gradient_accumulation_steps} accumulated = {plan.samples_per_step} a step",
-        f"Length: {steps} step{'s' * (steps > 1)} of {plan.samples_per_step} samples{epochs}",
+        f"Length: {steps_in_words(steps)} of {plan.samples_per_step} samples{epochs}",
         f"Data: {len(plan.shards)} shard(s), {data_config.num_streams} stream(s), {shapes_in_words(data_config)}, "
         f"seed {plan.seed}{', cached: no VAE, no text encoder' if plan.cache else ''}",
         f"Host memory for data, a process: up to {data_config.max_bytes / 1e9:.2g} GB, "

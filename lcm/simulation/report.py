@@ -3,9 +3,10 @@
 from lcm.simulation.processes import BUCKETS, GATHERED
 from lcm.simulation.training import Record
 
+LEAST_MORE, MOST_MORE = 1, 4  # GB that are not included; a guess
 NOT_INCLUDED = (
     "Not included: the CUDA context, workspaces of cuBLAS and cuDNN, buffers of NCCL, and what the allocator loses to "
-    "fragmentation. Together they take 1 to 4 GB; that is a guess, not measured."
+    f"fragmentation. Together they take {LEAST_MORE} to {MOST_MORE} GB; that is a guess, not measured."
 )
 ACTIVATIONS = {"student", "backward"}  # phases whose tensors are kept for the backward pass, or made by it
 NAMED = (
